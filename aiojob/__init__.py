@@ -1,0 +1,73 @@
+"""Plain synchronous Python that can pause: OpenSSL's ``ASYNC_JOB``, for asyncio.
+
+A map of the package; each module imports only those above it:
+
+======================  ==================================================================
+``_errors``             the exceptions
+``_waitctx``            `WaitCtx`: where a job says what wakes it
+``_fibre``              pooled greenlets, and the switches between them
+``_job``                `Job`, `start_job`, `pause_job`, ...: OpenSSL's interface
+``_wakeups``            one for each event loop: fd readers, callbacks from threads, polling
+``_run``                `run_job`, `Session`, `await_`, ...: the asyncio adapter
+======================  ==================================================================
+"""
+
+from ._errors import (
+    AiojobError,
+    CannotPauseError,
+    EngineError,
+    JobError,
+    WaitFdError,
+    WrongThreadError,
+)
+from ._job import (
+    Job,
+    JobStatus,
+    StartResult,
+    block_pause,
+    can_pause,
+    cleanup_thread,
+    get_current_job,
+    get_wait_ctx,
+    init_thread,
+    is_capable,
+    pause_blocked,
+    pause_job,
+    start_job,
+    unblock_pause,
+)
+from ._run import Session, as_coroutine, await_, iterate, run, run_job
+from ._waitctx import Callback, Cleanup, WaitCtx, WaitStatus
+
+__all__ = [
+    "AiojobError",
+    "Callback",
+    "CannotPauseError",
+    "Cleanup",
+    "EngineError",
+    "Job",
+    "JobError",
+    "JobStatus",
+    "Session",
+    "StartResult",
+    "WaitCtx",
+    "WaitFdError",
+    "WaitStatus",
+    "WrongThreadError",
+    "as_coroutine",
+    "await_",
+    "block_pause",
+    "can_pause",
+    "cleanup_thread",
+    "get_current_job",
+    "get_wait_ctx",
+    "init_thread",
+    "is_capable",
+    "iterate",
+    "pause_blocked",
+    "pause_job",
+    "run",
+    "run_job",
+    "start_job",
+    "unblock_pause",
+]

@@ -1,0 +1,467 @@
+"""Fibres, their pools, and the switches between them. The only module that knows greenlet.
+
+A fibre is a greenlet that runs one job function after another: a new greenlet maps fresh
+memory for its frames, which costs several times as much as the switches of a short job.
+Each thread has a pool of them, last in first out.
+
+A fibre knows its way back: `Fibre.way_back`, what a pause calls with what it waits for. Usually
+that is the bound ``switch`` of its driver's greenlet, so that a pause is one call and checks
+nothing; states in which a pause must not happen put a function of their own there.
+
+The frames of a fibre must not refer to the fibre itself, or one that is dropped could never
+die. What its bottom frame shares with the driver is therefore a small object, the `Port`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from _thread import get_ident
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from greenlet import (  # type: ignore[attr-defined]
+    GREENLET_USE_CONTEXT_VARS,
+    GreenletExit,
+    getcurrent,
+    greenlet,
+)
+
+from ._waitctx import WaitCtx
+
+if TYPE_CHECKING:
+    from ._job import Job
+
+__all__ = [
+    "CAPABLE",
+    "PAUSE",
+    "Fibre",
+    "Pool",
+    "Port",
+    "current_fibre",
+    "getcurrent",
+    "greenlet",
+    "pool_of",
+    "pool_of_thread",
+    "run_in_own_greenlet",
+    "take_idle",
+]
+
+CAPABLE: Final[bool] = GREENLET_USE_CONTEXT_VARS
+"""Whether greenlets can carry what a job needs, their own contextvars among it."""
+
+logger = logging.getLogger("aiojob")
+
+UNLIMITED: Final = 1 << 62
+
+KEPT: Final = 64
+"""So many idle fibres are kept for good; each holds about 8 KB."""
+
+
+class _Pause:
+    def __repr__(self) -> str:
+        return "<PAUSE>"
+
+
+PAUSE: Final = _Pause()
+"""What `pause_job` sends the driver; anything else that arrives is to be awaited."""
+
+
+class Port:
+    """What the bottom frame of a fibre shares with its driver.
+
+    home: where the end of a job goes: the bound ``switch`` of the driver's greenlet.
+    func: the function of the job, None while the fibre is idle.
+    value, error: how the job ended, until the driver takes it.
+    """
+
+    __slots__ = ("error", "func", "home", "value")
+
+    home: Callable[..., Any]
+    func: Callable[..., Any] | None
+    value: Any
+    error: BaseException | None
+
+    def __init__(self, home: Callable[..., Any]) -> None:
+        self.home = home
+        self.func = self.value = self.error = None
+
+
+def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the functions that drivers send, one after the other, for as long as the fibre lives."""
+    port: Port = getcurrent().port  # type: ignore[attr-defined]
+    while True:
+        port.func = func
+        try:
+            port.value = func(*args, **kwargs) if kwargs else func(*args)
+        except BaseException as error:
+            # Without this frame, which lives on, the traceback holds only the job's own.
+            port.error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+        port.func = func = args = kwargs = None  # type: ignore[assignment]
+        func, args, kwargs = port.home(port)
+
+
+class Fibre(greenlet):
+    """A pooled greenlet.
+
+    way_back: what a pause calls with what it waits for; see the module's text.
+    port: what the fibre's own frame knows.
+    pool: the pool of the thread that the fibre belongs to, for good.
+    job: the handle of the job on this fibre, made when first asked for; None while a
+        hand-driven job is paused, when its driver must hold the only reference.
+    frees_wait_ctx: whether the wait context of `job` is the job's own.
+    attach: how the job's event loop is made ready for a wait context; None where a
+        hand-written loop drives the job.
+    paused_in: the foreign greenlet inside the job that paused it, to be resumed.
+    """
+
+    __slots__ = (
+        "__sqlalchemy_greenlet_provider__",
+        "attach",
+        "frees_wait_ctx",
+        "job",
+        "paused_in",
+        "pool",
+        "port",
+        "way_back",
+    )
+
+    def __init__(self, pool: Pool) -> None:
+        greenlet.__init__(self, _serve, pool.home)
+        self.port = Port(pool.home_switch)
+        self.pool = pool
+        self.way_back: Callable[[Any], Any] = pool.home_switch
+        self.job: Job | None = None
+        self.frees_wait_ctx = False
+        self.attach: Callable[[WaitCtx], None] | None = None
+        self.paused_in: greenlet | None = None
+        # SQLAlchemy looks for this on the current greenlet, and if it is true
+        # switches to its parent with an awaitable: for the driver to await.
+        self.__sqlalchemy_greenlet_provider__ = True
+
+    def prepare(self, driver: greenlet, attach: Callable[[WaitCtx], None] | None) -> None:
+        """Make an idle fibre ready for a job that `driver`, the current greenlet, begins."""
+        if driver is not self.pool.home:
+            self.set_home(driver)
+        # Once, at the start, and to the driver's own context: setting it again at each
+        # resume would break a Context.run() around a pause.
+        self.gr_context = driver.gr_context
+        self.attach = attach
+
+    def set_home(self, home: greenlet) -> None:
+        """Make the fibre come back to `home` at its pauses and at its end."""
+        switch = self.pool.home_switch if home is self.pool.home else home.switch
+        if self.way_back is self.port.home:
+            self.way_back = switch
+        self.port.home = switch
+        self.parent = home
+
+
+class Pool:
+    """The fibres of one thread.
+
+    `take` and `give` are the list methods ``pop`` and ``append`` of the idle fibres. States
+    that need more put methods of this class there, so that the usual job checks nothing.
+
+    home: the greenlet that drivers usually run in: the thread's main greenlet, or the one
+        that `run` made for the event loop. Idle fibres always have it as their parent.
+    running: the fibre whose job runs now, if any. "In a job" means to be in this fibre, or
+        in a greenlet that descends from it.
+    take: pops an idle fibre; `IndexError` when there is none.
+    give: takes a fibre back whose job has ended.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_fibres",
+        "_idle",
+        "_inbox",
+        "_kept",
+        "_reserve",
+        "_waiters",
+        "give",
+        "home",
+        "home_switch",
+        "ident",
+        "max_size",
+        "running",
+        "take",
+        "thread",
+    )
+
+    take: Callable[[], Fibre]
+    give: Callable[[Fibre], object]
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+        self.ident = get_ident()
+        self.home = main = _main_greenlet()
+        self.home_switch: Callable[..., Any] = main.switch
+        self.max_size = UNLIMITED
+        self.running: Fibre | None = None
+        self._fibres: set[Fibre] = set()
+        self._idle: list[Fibre] = []
+        self._reserve: list[Fibre] = []
+        self._waiters: deque[Callable[[Fibre], bool]] = deque()
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._kept = KEPT
+        self._closed = False
+        self.take = self._idle.pop
+        self.give = self._idle.append
+
+    @property
+    def idle(self) -> int:
+        """How many fibres wait for a job."""
+        return len(self._idle) + len(self._reserve)
+
+    @property
+    def outstanding(self) -> int:
+        """How many fibres are on a job."""
+        return len(self._fibres) - self.idle
+
+    def acquire(self) -> Fibre | None:
+        """Take a fibre, an idle one or a new one; None when none may be had now."""
+        try:
+            return self.take()
+        except IndexError:
+            pass
+        if self._reserve:
+            return self._reserve.pop()
+        if self._waiters or len(self._fibres) >= self.max_size:
+            return None
+        return self._make()
+
+    def resize(self, max_size: int, init_size: int) -> None:
+        """Limit the fibres to `max_size`, and have at least `init_size` of them."""
+        self.drop_reserve(len(self._reserve))
+        self.max_size = max_size
+        self._kept = max(init_size, KEPT)
+        self._fibres.difference_update(self._idle[max_size:])
+        del self._idle[max_size:]
+        while len(self._fibres) < init_size:
+            self._idle.append(self._make())
+
+    # -- trimming: what no job has needed for a while is dropped
+
+    @property
+    def is_large(self) -> bool:
+        """Whether there are more fibres than are kept without need."""
+        return len(self._fibres) > self._kept
+
+    def renew_reserve(self) -> None:
+        """Set the fibres aside that have been idle longest, all but those to be kept.
+
+        `acquire` takes from them when nothing else is idle; what is still there some time later
+        was not needed.
+        """
+        surplus = max(0, len(self._idle) - self._kept)
+        self._reserve.extend(self._idle[:surplus])
+        del self._idle[:surplus]
+
+    def drop_reserve(self, limit: int) -> bool:
+        """Drop up to `limit` fibres of the reserve; say whether there were any."""
+        dropped = self._reserve[:limit]
+        self._fibres.difference_update(dropped)
+        del self._reserve[:limit]
+        return bool(dropped)
+
+    # -- waiting for a fibre, first come first served
+
+    @property
+    def waiters(self) -> int:
+        """How many wait for a fibre."""
+        return len(self._waiters)
+
+    def add_waiter(self, offer: Callable[[Fibre], bool]) -> None:
+        """Have the next free fibre offered; `offer` says whether it takes the fibre."""
+        self._waiters.append(offer)
+        self.give = self._give_to_waiter
+
+    def remove_waiter(self, offer: Callable[[Fibre], bool]) -> None:
+        if offer in self._waiters:
+            self._waiters.remove(offer)
+
+    def _give_to_waiter(self, fibre: Fibre) -> None:
+        while self._waiters:
+            offer = self._waiters.popleft()
+            if offer(fibre):
+                return
+        self.give = self._idle.append
+        self._idle.append(fibre)
+
+    def forget(self, fibre: Fibre) -> None:
+        """Give up a fibre that did not come back from its job; its place is free again."""
+        self._fibres.discard(fibre)
+        fibre.port.home = _die
+        if self._waiters:
+            self.give(self._make())
+
+    # -- work that other threads leave for this one
+
+    def post(self, action: Callable[[], object]) -> None:
+        """Have this pool's thread call `action` when it next takes a fibre, or ends.
+
+        Any thread may call this. After the end of the pool's thread nothing happens.
+        """
+        if not self._closed:
+            # Append first: the owner restores `take`, then empties the inbox.
+            self._inbox.append(action)
+            self.take = self._take_after_inbox
+
+    def do_posted(self) -> None:
+        self.take = self._idle.pop
+        while True:
+            try:
+                action = self._inbox.popleft()
+            except IndexError:
+                return
+            try:
+                action()
+            except BaseException:
+                logger.exception("error in a job that was dropped by another thread")
+
+    def _take_after_inbox(self) -> Fibre:
+        self.do_posted()
+        return self._idle.pop()
+
+    # -- home
+
+    @contextmanager
+    def at_home(self, home: greenlet) -> Iterator[None]:
+        """Have the thread's drivers run in the greenlet `home` for a while."""
+        before = self.home
+        self._move(home)
+        try:
+            yield
+        finally:
+            self._move(before)
+
+    def _move(self, home: greenlet) -> None:
+        self.home = home
+        self.home_switch = home.switch
+        for fibre in (*self._idle, *self._reserve):
+            fibre.way_back = fibre.port.home
+            fibre.set_home(home)
+
+    def _make(self) -> Fibre:
+        fibre = Fibre(self)
+        self._fibres.add(fibre)
+        return fibre
+
+    def close(self) -> None:
+        """End the idle fibres: the thread is ending."""
+        self.do_posted()
+        self._closed = True
+        self._fibres.clear()
+        self._idle.clear()
+        self._reserve.clear()
+        self.give = _drop
+
+
+def _drop(fibre: Fibre) -> None:
+    """Take back a fibre whose thread has ended."""
+
+
+def _die(*_: object) -> None:
+    raise GreenletExit
+
+
+def _main_greenlet() -> greenlet:
+    current = getcurrent()
+    while current.parent is not None:
+        current = current.parent
+    return current
+
+
+class _ThreadEnd:
+    """Closes a thread's pool in that thread, when its thread-local data goes away."""
+
+    __slots__ = ("last", "pool")
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.last = _last  # the module's names may be gone before the main thread's data
+
+    def __del__(self) -> None:
+        if self.last.pool is self.pool:
+            self.last.pool = None
+        self.pool.close()
+
+
+class _Last:
+    """The pool that was used last: found by comparing greenlets, without a thread-local."""
+
+    __slots__ = ("pool",)
+
+    pool: Pool | None
+
+
+_last = _Last()
+_last.pool = None
+_local = threading.local()
+
+
+def pool_of_thread() -> Pool:
+    """Return the pool of the current thread, made when first asked for."""
+    try:
+        end: _ThreadEnd = _local.end
+    except AttributeError:
+        end = _local.end = _ThreadEnd(Pool())
+    return end.pool
+
+
+def take_idle(driver: greenlet, attach: Callable[[WaitCtx], None]) -> Fibre | None:
+    """Take an idle fibre and prepare it, if `driver` is at home and one is there."""
+    pool = _last.pool
+    if pool is None or pool.home is not driver:
+        return None
+    try:
+        fibre = pool.take()
+    except IndexError:
+        return None
+    fibre.gr_context = driver.gr_context
+    fibre.attach = attach
+    return fibre
+
+
+def pool_of(driver: greenlet) -> Pool:
+    """Return the current thread's pool, and let `take_idle` find it for `driver` next time."""
+    pool = pool_of_thread()
+    if pool.home is driver:
+        _last.pool = pool
+    return pool
+
+
+def current_fibre() -> Fibre | None:
+    """Return the fibre of the running job that the current greenlet is in, if any.
+
+    This follows the greenlets' parents. A thread-local would be wrong for the greenlets that
+    an awaited SQLAlchemy coroutine runs while the job is paused, and the parents alone for a
+    greenlet of a paused job that others switched to.
+    """
+    current: greenlet | None = getcurrent()
+    while current is not None:
+        if type(current) is Fibre:
+            return current if current.pool.running is current else None
+        current = current.parent
+    return None
+
+
+def run_in_own_greenlet(func: Callable[[], Any]) -> Any:
+    """Call `func` in a new greenlet that is the home of this thread's drivers meanwhile.
+
+    Between this greenlet and the fibres, switches do not pass the caller's frames, which
+    would cost time for each frame from Python 3.12 on.
+    """
+    pool = pool_of_thread()
+
+    def body() -> Any:
+        with pool.at_home(getcurrent()):
+            return func()
+
+    own = greenlet(body)
+    own.gr_context = getcurrent().gr_context
+    return own.switch()

@@ -1,0 +1,348 @@
+"""The asyncio adapter: coroutines that run plain functions as jobs, and resume them.
+
+A coroutine drives its job: whatever the job pauses for, the coroutine awaits, within the
+awaiting task's own steps. Timeouts, cancellation, task groups and context variables are
+therefore what they would be if the job were a coroutine.
+"""
+
+from __future__ import annotations
+
+import functools
+from _thread import get_ident
+from asyncio import AbstractEventLoop, Future, Runner, get_running_loop
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from types import TracebackType
+from typing import Any, Final, ParamSpec, Self, TypeVar
+
+from ._errors import JobError, WrongThreadError
+from ._fibre import (
+    PAUSE,
+    Fibre,
+    Pool,
+    current_fibre,
+    getcurrent,
+    greenlet,
+    pool_of,
+    run_in_own_greenlet,
+    take_idle,
+)
+from ._job import (
+    begin,
+    check_no_job_runs,
+    drop,
+    finish,
+    job_of,
+    new_job,
+    pause_nested,
+    resume,
+    throw,
+    unwind,
+)
+from ._waitctx import WaitCtx
+from ._wakeups import NEXT_ITERATION, attach, current_hub
+
+__all__ = ["Session", "as_coroutine", "await_", "iterate", "run", "run_job"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a plain function as a job, and return what it returns.
+
+    Anywhere down its call stack the function may pause, with `await_`, `pause_job` or an
+    engine; meanwhile the event loop serves others. It runs in the awaiting task's own steps
+    and in its context, not in a thread.
+
+    >>> import asyncio
+    >>> def greet(name):
+    ...     await_(asyncio.sleep(0.01))
+    ...     return f"hello, {name}"
+    >>> asyncio.run(run_job(greet, "world"))
+    'hello, world'
+
+    Where the thread's pool is limited (`init_thread`) and exhausted, the job waits its turn.
+
+    Cancellation: `asyncio.CancelledError` is raised in the job, at its pause. The job may
+    clean up, pause again while it does, and swallow it, as a coroutine may. Closing the
+    coroutine raises `GeneratorExit` there, and the job cannot pause any more.
+
+    Threads: a job stays in the thread of its event loop.
+
+    Stands for the loop around ``ASYNC_start_job`` in OpenSSL's applications.
+
+    Raises:
+        BaseException: What `func` raises, with the traceback into the job's frames.
+        JobError: Awaited by hand inside a running job: there, call `func` directly.
+    """
+    driver = getcurrent()
+    fibre = take_idle(driver, attach)
+    if fibre is None:
+        fibre = await _acquire()
+        driver = getcurrent()
+    # This is `begin`, whose frame would be in the way: from Python 3.12 on, greenlet walks
+    # all frames between the two ends of a switch.
+    pool = fibre.pool
+    pool.running = fibre
+    reply = fibre.switch(func, args, kwargs)
+    pool.running = None
+    if reply is fibre.port:
+        return finish(fibre)  # type: ignore[no-any-return]
+    return await _drive(fibre, driver, reply)  # type: ignore[no-any-return]
+
+
+async def _acquire() -> Fibre:
+    """Take a fibre from the thread's pool, or wait for one, and prepare it."""
+    if current_fibre() is not None:
+        # An eager task begins inside the job that created it; its next step does not.
+        await NEXT_ITERATION
+        check_no_job_runs()
+    pool = pool_of(getcurrent())
+    fibre = pool.acquire()
+    if fibre is None:
+        fibre = await _wait_for_fibre(pool)
+    fibre.prepare(getcurrent(), attach)
+    if pool.is_large:
+        current_hub().trim_by_and_by(pool)
+    return fibre
+
+
+async def _wait_for_fibre(pool: Pool) -> Fibre:
+    loop = get_running_loop()
+    free: Future[Fibre] = loop.create_future()
+
+    def offer(fibre: Fibre) -> bool:
+        if free.done() or loop.is_closed():
+            return False
+        free.set_result(fibre)
+        return True
+
+    pool.add_waiter(offer)
+    try:
+        return await free
+    except BaseException:
+        pool.remove_waiter(offer)
+        if free.done() and not free.cancelled():  # offered, and cancelled before this step
+            fibre = free.result()
+            if pool.ident == get_ident():
+                pool.give(fibre)
+            else:
+                pool.post(functools.partial(pool.give, fibre))
+        raise
+
+
+async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
+    """Resume a job, from its first pause on to its end."""
+    port, pool = fibre.port, fibre.pool
+    while reply is not port:
+        try:
+            value = await (_paused(fibre) if reply is PAUSE else reply)
+        except BaseException as exc:
+            error = _without_first_frame(exc)
+        else:
+            if getcurrent() is not driver:
+                driver = _follow_driver(fibre)
+            if fibre.paused_in is None:  # this is `resume`, without its frame
+                pool.running = fibre
+                reply = fibre.switch(value)
+                pool.running = None
+            else:
+                reply = resume(fibre, value)
+            continue
+        # Here and not in the except block, or what the job raises later would get `error`
+        # as its __context__.
+        if isinstance(error, GeneratorExit):
+            return _close(fibre, error)
+        if getcurrent() is not driver:
+            driver = _follow_driver(fibre)
+        reply = throw(fibre, error)
+        del error  # its traceback may hold this frame
+    return finish(fibre)
+
+
+def _paused(fibre: Fibre) -> Awaitable[None]:
+    """Return what a job that called `pause_job` waits for."""
+    job = fibre.job
+    ctx = None if job is None else job._wait_ctx
+    if ctx is None:
+        ctx = job_of(fibre).wait_ctx
+    if ctx._changed:
+        ctx._forget_changes()
+    return ctx._waker.pause(ctx)  # type: ignore[no-any-return]
+
+
+def _follow_driver(fibre: Fibre) -> greenlet:
+    """Have the job come back to the greenlet that its coroutine runs in by now."""
+    driver = getcurrent()
+    try:
+        if fibre.pool.ident != get_ident():
+            raise WrongThreadError("run_job() was resumed in another thread than it began in")
+        check_no_job_runs()
+    except JobError:
+        drop(fibre)
+        raise
+    fibre.set_home(driver)
+    return driver
+
+
+def _close(fibre: Fibre, error: BaseException) -> Any:
+    if fibre.pool.ident == get_ident():
+        return unwind(fibre, error)
+    drop(fibre)  # leaves it to the job's own thread
+    raise error
+
+
+def _without_first_frame(error: BaseException) -> BaseException:
+    traceback = error.__traceback__
+    return error.with_traceback(traceback and traceback.tb_next)
+
+
+def await_(awaitable: Awaitable[T], /) -> T:
+    """Pause the running job until its driver has awaited `awaitable`; return the result.
+
+    >>> import asyncio
+    >>> async def main():
+    ...     return await run_job(await_, asyncio.sleep(0.01, "slept"))
+    >>> asyncio.run(main())
+    'slept'
+
+    Cancelling the task cancels what is awaited, as it would in a coroutine.
+
+    Raises:
+        BaseException: What the awaitable raises.
+        CannotPauseError: No job is running here, pausing is blocked, or the job is being
+            closed; a coroutine is closed then.
+    """
+    try:
+        way_back = getcurrent().way_back  # type: ignore[attr-defined]
+    except AttributeError:
+        way_back = pause_nested
+    return way_back(awaitable)  # type: ignore[no-any-return]
+
+
+class Session:
+    """Several jobs, one after the other, on one wait context (a TLS connection, say).
+
+    >>> import asyncio
+    >>> async def main():
+    ...     async with Session() as session:
+    ...         await session.run_job(get_wait_ctx().set_wait_fd, "key", 7)
+    ...         return session.wait_ctx.get_all_fds()
+
+    Leaving the ``async with`` block frees the context, which calls the cleanup of each fd that
+    is left.
+    """
+
+    __slots__ = ("wait_ctx",)
+
+    wait_ctx: WaitCtx
+    """The wait context that all jobs of the session share."""
+
+    def __init__(self) -> None:
+        self.wait_ctx = WaitCtx()
+
+    async def __aenter__(self) -> Self:
+        self.wait_ctx.__enter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.wait_ctx.free()
+
+    async def run_job(self, func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a job on the session's wait context; otherwise the same as `aiojob.run_job`.
+
+        Raises:
+            JobError: Another job of the session has not finished, or the session has ended.
+        """
+        ctx = self.wait_ctx
+        ctx._check_startable()
+        ctx._in_use = True
+        try:
+            fibre = await _acquire()
+        except BaseException:
+            ctx._in_use = False
+            raise
+        attach(ctx)
+        new_job(fibre, func, ctx)
+        fibre.frees_wait_ctx = False
+        return await _drive(fibre, getcurrent(), begin(fibre, func, args, kwargs))  # type: ignore[no-any-return]
+
+
+def as_coroutine(func: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Make a coroutine function of a plain one, that runs it with `run_job`.
+
+    >>> import asyncio
+    >>> @as_coroutine
+    ... def greet(name):
+    ...     await_(asyncio.sleep(0.01))
+    ...     return f"hello, {name}"
+    >>> asyncio.run(greet("world"))
+    'hello, world'
+    """
+
+    @functools.wraps(func)
+    async def coroutine(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await run_job(func, *args, **kwargs)
+
+    return coroutine
+
+
+_END: Final = object()
+
+
+async def iterate(iterable: Iterable[T], /) -> AsyncGenerator[T, None]:
+    """Iterate over a plain iterable whose steps may pause: each runs as a job.
+
+    >>> import asyncio
+    >>> def ticks():
+    ...     for number in range(3):
+    ...         await_(asyncio.sleep(0.01))
+    ...         yield number
+    >>> async def main():
+    ...     return [number async for number in iterate(ticks())]
+    >>> asyncio.run(main())
+    [0, 1, 2]
+
+    A generator is closed, in a job too, when the iteration ends or is closed; to have that
+    happen at once after a ``break``, use `contextlib.aclosing`.
+    """
+    iterator = await run_job(iter, iterable)
+    try:
+        while (item := await run_job(next, iterator, _END)) is not _END:
+            yield item  # type: ignore[misc]
+    finally:
+        if isinstance(iterator, Generator):
+            await run_job(iterator.close)
+
+
+def run(
+    main: Coroutine[Any, Any, T],
+    *,
+    loop_factory: Callable[[], AbstractEventLoop] | None = None,
+    debug: bool | None = None,
+) -> T:
+    """Run a coroutine in a new event loop, as `asyncio.run` does.
+
+    The loop runs in a greenlet of its own. From Python 3.12 on, switching greenlets costs time
+    for each frame of the stacks that are switched between; this way the frames below the
+    loop do not count.
+
+    Raises:
+        RuntimeError: An event loop, or a job, is running in this thread.
+    """
+
+    def run_main() -> T:
+        with Runner(loop_factory=loop_factory, debug=debug) as runner:
+            return runner.run(main)
+
+    try:
+        check_no_job_runs()
+    except JobError:
+        main.close()
+        raise
+    return run_in_own_greenlet(run_main)  # type: ignore[no-any-return]

@@ -1,0 +1,351 @@
+"""What wakes paused jobs in an event loop: fd readers, callbacks from any thread, polling.
+
+Guarantees. A wake-up that comes while nobody waits is remembered for the next pause of the same
+job (a callback) or happens again by itself (a readable fd), so that none is lost. None
+reaches another job: each job has a `Waker` of its own, which is what its callback calls.
+A wake-up never raises into the thread that it comes from, not even after the loop was closed.
+
+Assumptions. The methods of a loop's `Hub` and of its wakers are called in that loop's thread,
+but for `Waker.wake` and `Hub.post`. Only public methods of the loop are used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from _thread import get_ident
+from asyncio import Future, get_running_loop
+from collections import deque
+from collections.abc import Awaitable, Generator
+from time import perf_counter
+from typing import Any, Final
+from weakref import WeakKeyDictionary, ref
+
+from ._errors import EngineError, WaitFdError
+from ._fibre import Pool
+from ._waitctx import WaitCtx, WaitFd, WaitStatus
+
+__all__ = ["NEXT_ITERATION", "Hub", "Waker", "attach", "current_hub"]
+
+logger = logging.getLogger("aiojob")
+
+POLLS_AT_ONCE: Final = 8
+"""How often a job that has nothing to wait for is resumed in the loop's next iteration."""
+POLL_SHORTEST: Final = 100e-6
+"""Seconds to the poll after those; each next one takes twice as long, up to:"""
+POLL_LONGEST: Final = 20e-3
+POLL_BUSY_LONGEST: Final = 1e-3
+"""For an engine that says EAGAIN."""
+WORK: Final = 50e-6
+"""A job that ran for so many seconds since it was resumed works, and is not just polling."""
+TRIM_INTERVAL: Final = 10.0
+"""Idle fibres that no job needed for so many seconds are dropped."""
+TRIM_AT_ONCE: Final = 500
+"""So many of them in one step, lest the loop stalls."""
+TRIM_PAUSE: Final = 10e-3
+"""Seconds between such steps."""
+
+
+class Waker:
+    """Wakes one job, in any of its pauses. The job's callback is ``Waker.wake(waker)``."""
+
+    __slots__ = ("_fired", "_future", "_hub", "_polls", "_resumed_at")
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._future: Future[None] | None = None
+        self._fired = False
+        self._polls = 0
+        self._resumed_at = 0.0
+
+    def wake(self) -> None:
+        """End the job's pause, or its next one. Any thread may call this."""
+        if get_ident() != self._hub.ident:
+            self._hub.post(self)
+        elif not self.end_pause():
+            self._fired = True
+
+    def end_pause(self) -> bool:
+        """End the job's pause, and say whether it was paused."""
+        future = self._future
+        if future is None or future.done():
+            return False
+        future.set_result(None)
+        return True
+
+    def pause(self, ctx: WaitCtx) -> Awaitable[None] | None:
+        """Return what a pause of the job awaits; None if it may go on at once.
+
+        Raises:
+            EngineError: The context's status is ERR.
+            WaitFdError: An fd of the context cannot be watched.
+        """
+        status = ctx._status
+        if status is WaitStatus.ERR:
+            raise EngineError(
+                f"the engine reported a fatal error (status ERR) on {ctx!r}: "
+                "clean up what belongs to the wait context, or set its status anew"
+            )
+        if self._fired:
+            self._fired = False
+            self._polls = 0
+            return None
+        if status is WaitStatus.EAGAIN:
+            return self._poll(POLL_BUSY_LONGEST)
+        if (ctx._entries and self._hub.watch(ctx)) or status is WaitStatus.OK:
+            self._polls = 0
+            future = self._future = Future()
+            return future
+        return self._poll(POLL_LONGEST)
+
+    def _poll(self, longest: float) -> Awaitable[None]:
+        if perf_counter() - self._resumed_at > WORK:
+            self._polls = 0
+        self._polls += 1
+        if self._polls <= POLLS_AT_ONCE:
+            return self._next_iteration()
+        doublings = min(self._polls - POLLS_AT_ONCE - 1, 16)
+        return self._sleep(min(longest, POLL_SHORTEST * 2**doublings))
+
+    async def _next_iteration(self) -> None:
+        await NEXT_ITERATION
+        self._resumed_at = perf_counter()
+
+    async def _sleep(self, seconds: float) -> None:
+        future = self._future = Future()
+        timer = get_running_loop().call_later(seconds, self.end_pause)
+        try:
+            await future
+        finally:
+            timer.cancel()
+        self._resumed_at = perf_counter()
+
+
+class _NextIteration:
+    """Awaiting this goes on in the loop's next iteration."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+NEXT_ITERATION: Final = _NextIteration()
+
+
+class _FdWatch:
+    """A reader that is registered with a loop, for all the contexts that hold the fd."""
+
+    __slots__ = ("_contexts", "_file", "_hub", "_repeated", "fd", "registered")
+
+    def __init__(self, hub: Hub, fd: int) -> None:
+        self._hub = hub
+        self.fd = fd
+        self.registered = False
+        self._contexts: list[WaitCtx] = []
+        self._file: tuple[int, ...] | None = None
+        self._repeated = False
+
+    def add(self, ctx: WaitCtx) -> None:
+        self._contexts.append(ctx)
+
+    def register(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Unregister first: the loop may still have a closed file by this number, and would
+        # take the new one for watched.
+        self.unregister()
+        self._file = _file_of(self.fd)
+        loop.add_reader(self.fd, self._ready)
+        self.registered = True
+
+    def is_current(self, hub: Hub) -> bool:
+        """Whether the loop of `hub` watches what now has this fd's number."""
+        return self.registered and self._hub is hub and _file_of(self.fd) == self._file
+
+    def unregister(self) -> None:
+        if not self.registered:
+            return
+        self.registered = self._repeated = False
+        loop = self._hub.loop
+        if loop is None or loop.is_closed():
+            return
+        try:
+            loop.remove_reader(self.fd)
+        except RuntimeError:
+            # The number belongs to a transport of the loop by now, and so does its reader.
+            logger.debug("fd %d was closed while a job's wait context still held it", self.fd)
+
+    def release(self, ctx: WaitCtx) -> None:
+        self._contexts.remove(ctx)
+        if not self._contexts:
+            self.unregister()
+            self._hub.forget(self)
+
+    def _ready(self) -> None:
+        if self._repeated:
+            self._repeated = False
+            return
+        woken = False
+        for ctx in self._contexts:
+            if ctx._waker is not None and ctx._waker.end_pause():
+                woken = True
+        if woken:
+            self._repeated = self._hub.repeats_events
+        else:
+            # Left readable while nobody waits: the loop would spin. A pause registers it again.
+            self.unregister()
+
+
+def _file_of(fd: int) -> tuple[int, ...]:
+    return os.fstat(fd)[1:3]  # its inode and device
+
+
+class Hub:
+    """One for each event loop: its fd readers, and the completions from other threads."""
+
+    __slots__ = (
+        "__weakref__",
+        "_loop",
+        "_scheduled",
+        "_trims",
+        "_wakers",
+        "_watches",
+        "ident",
+        "repeats_events",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self.ident = get_ident()
+        # asyncio polls again before the woken task has run, and so delivers one event more
+        # that is out of date; to skip one that was not costs an iteration, as it comes again.
+        self.repeats_events = isinstance(loop, asyncio.BaseEventLoop)
+        self._wakers: deque[Waker] = deque()
+        self._scheduled = False
+        self._watches: dict[int, _FdWatch] = {}
+        self._trims = False
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop, None when it is gone."""
+        return self._loop()
+
+    # -- completions from other threads
+
+    def post(self, waker: Waker) -> None:
+        """Fire a waker in the loop's thread; completions that come together share a wake-up.
+
+        Append, then test the flag; the drain clears the flag, then pops until the deque is
+        empty. If the flag were tested first, the drain could empty the deque between the test
+        and the append, and the waker would lie there with no drain to come.
+        """
+        self._wakers.append(waker)
+        if self._scheduled:
+            return
+        self._scheduled = True
+        loop = self.loop
+        try:
+            if loop is not None:
+                loop.call_soon_threadsafe(self._drain)
+                return
+        except RuntimeError:  # the loop is closed
+            pass
+        self._scheduled = False
+        self._wakers.clear()
+        logger.debug("a job was woken after its event loop had been closed")
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        # Those that come while this runs are bounded too: the loop has others to serve.
+        for _ in range(len(self._wakers) + 16):
+            try:
+                waker = self._wakers.popleft()
+            except IndexError:
+                return
+            waker.wake()
+        if not self._scheduled:
+            self._scheduled = True
+            get_running_loop().call_soon(self._drain)
+
+    # -- the size of the pool
+
+    def trim_by_and_by(self, pool: Pool) -> None:
+        """Drop what a pool no longer needs, in small steps, until it is small again."""
+        if not self._trims:
+            self._trims = True
+            get_running_loop().call_later(TRIM_INTERVAL, self._trim, pool)
+
+    def _trim(self, pool: Pool) -> None:
+        if pool.drop_reserve(TRIM_AT_ONCE):
+            delay = TRIM_PAUSE
+        else:
+            pool.renew_reserve()
+            delay = TRIM_INTERVAL
+        self._trims = pool.is_large
+        if self._trims:
+            get_running_loop().call_later(delay, self._trim, pool)
+
+    # -- file descriptors
+
+    def watch(self, ctx: WaitCtx) -> bool:
+        """Have the loop watch all fds of a context; say whether there are any."""
+        watched = False
+        for entry in ctx._entries:
+            if not entry.deleted:
+                watched = True
+                watch: Any = entry.watch
+                try:
+                    if watch is None or not watch.is_current(self):
+                        self._register(ctx, entry)
+                except (OSError, RuntimeError, ValueError) as error:
+                    raise _unwatchable(ctx, entry, error) from error
+        return watched
+
+    def _register(self, ctx: WaitCtx, entry: WaitFd) -> None:
+        entry.unwatch(ctx)
+        watch = self._watches.get(entry.fd)
+        if watch is None:
+            watch = self._watches[entry.fd] = _FdWatch(self, entry.fd)
+        watch.add(ctx)
+        entry.watch = watch
+        watch.register(get_running_loop())
+
+    def forget(self, watch: _FdWatch) -> None:
+        del self._watches[watch.fd]
+
+
+def _unwatchable(ctx: WaitCtx, entry: WaitFd, error: Exception) -> WaitFdError:
+    entry.unwatch(ctx)
+    what = f"fd {entry.fd} (key {entry.key!r}) cannot be watched"
+    if isinstance(error, NotImplementedError):
+        return WaitFdError(
+            errno.ENOTSUP,
+            f"{what}: this event loop has no add_reader; use the wait context's callback",
+        )
+    if not isinstance(error, OSError):
+        return WaitFdError(errno.EBUSY, f"{what}: {error}")
+    if error.errno == errno.EPERM:
+        return WaitFdError(errno.EPERM, f"{what}: regular files are always ready")
+    if error.errno == errno.EBADF:
+        return WaitFdError(errno.EBADF, f"{what}: it is closed; call clear_fd() before closing")
+    return WaitFdError(error.errno, f"{what}: {error.strerror}")
+
+
+_hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
+
+
+def current_hub() -> Hub:
+    """Return the hub of the running event loop, made when first asked for."""
+    loop = get_running_loop()
+    try:
+        return _hubs[loop]
+    except KeyError:
+        hub = _hubs[loop] = Hub(loop)
+        return hub
+
+
+def attach(ctx: WaitCtx) -> None:
+    """Set the callback of a wait context, for a job that the running loop drives."""
+    hub = current_hub()
+    hub.ident = get_ident()  # a loop may be run by one thread, and later by another
+    waker = ctx._waker = Waker(hub)
+    ctx._callback = (Waker.wake, waker)

@@ -1,0 +1,165 @@
+"""Jobs against their peers: one that never pauses, and each kind of pause."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any
+
+import awaitlet
+import greenback
+from greenlet import getcurrent, greenlet
+from sqlalchemy.util import await_only, greenlet_spawn
+
+import aiojob
+
+from .measure import Contender, Row
+
+Spawn = Callable[..., Awaitable[Any]]
+EVENT = (1).to_bytes(8, "little")
+
+
+def rows() -> Iterator[Row]:
+    yield Row(
+        "job",
+        "a job that never pauses",
+        {
+            "aiojob": one_after_another(aiojob.run_job),
+            "sqlalchemy": one_after_another(greenlet_spawn),
+            "awaitlet": one_after_another(awaitlet.async_def),
+            "greenback": one_after_another(greenback_run),
+            "to_thread": one_after_another(asyncio.to_thread),
+            "greenlet pair": switch_pairs,
+        },
+        {
+            "sqlalchemy": 0.17,
+            "awaitlet": 0.17,
+            "greenback": 0.13,
+            "to_thread": 0.03,
+            "greenlet pair": 3.2,
+        },
+        count=1000,
+    )
+    for jobs in (1, 100):
+        yield Row(
+            "await",
+            f"await_ of sleep(0), {jobs} job(s)",
+            {
+                "aiojob": in_jobs(aiojob.run_job, aiojob.await_, jobs),
+                "sqlalchemy": in_jobs(greenlet_spawn, await_only, jobs),
+                "greenback": in_jobs(greenback_run, greenback.await_, jobs),
+            },
+            {"sqlalchemy": 0.97 if jobs == 1 else 0.93, "greenback": 0.5},
+            count=2000,
+        )
+    for jobs in (1, 100):
+        yield Row(
+            "callback",
+            f"pause and wake by callback, {jobs} job(s)",
+            {
+                "aiojob": gathered(aiojob.run_job, woken_by_callback, jobs),
+                "sqlalchemy": gathered(greenlet_spawn, woken_by_future, jobs),
+            },
+            {"sqlalchemy": 1.2 if jobs == 1 else 1.05},
+            count=2000,
+        )
+    yield Row(
+        "eventfd",
+        "pause and wake by an eventfd",
+        {
+            "aiojob": gathered(aiojob.run_job, woken_by_eventfd, 1),
+            "coroutine": add_and_remove_reader,
+        },
+        {"coroutine": 0.8},
+        count=500,
+    )
+
+
+def nothing() -> None:
+    pass
+
+
+async def greenback_run(func: Callable[..., Any], *args: Any) -> Any:
+    return await greenback.with_portal_run_sync(func, *args)
+
+
+def one_after_another(spawn: Spawn) -> Contender:
+    async def contender(count: int) -> None:
+        for _ in range(count):
+            await spawn(nothing)
+
+    return contender
+
+
+async def switch_pairs(count: int) -> None:
+    main = getcurrent()
+
+    def back_and_forth() -> None:
+        back = main.switch
+        while True:
+            back()
+
+    forth = greenlet(back_and_forth).switch
+    for _ in range(count):
+        forth()
+
+
+def in_jobs(
+    spawn: Spawn, await_: Callable[[Coroutine[Any, Any, None]], Any], jobs: int
+) -> Contender:
+    def job(count: int) -> None:
+        for _ in range(count):
+            await_(asyncio.sleep(0))
+
+    return gathered(spawn, job, jobs)
+
+
+def gathered(spawn: Spawn, job: Callable[[int], None], jobs: int) -> Contender:
+    async def contender(count: int) -> None:
+        await asyncio.gather(*(spawn(job, count // jobs) for _ in range(jobs)))
+
+    return contender
+
+
+def woken_by_callback(count: int) -> None:
+    call_soon = asyncio.get_running_loop().call_soon
+    ctx = aiojob.get_wait_ctx()
+    ctx.status = aiojob.WaitStatus.OK
+    for _ in range(count):
+        entry = ctx.get_callback()
+        assert entry is not None
+        call_soon(*entry)
+        aiojob.pause_job()
+
+
+def woken_by_future(count: int) -> None:
+    loop = asyncio.get_running_loop()
+    for _ in range(count):
+        future = loop.create_future()
+        loop.call_soon(future.set_result, None)
+        await_only(future)
+
+
+def woken_by_eventfd(count: int) -> None:
+    call_soon = asyncio.get_running_loop().call_soon
+    fd = os.eventfd(0)
+    ctx = aiojob.get_wait_ctx()
+    ctx.set_wait_fd("benchmark", fd, None, lambda ctx, key, fd, data: os.close(fd))
+    for _ in range(count):
+        call_soon(os.write, fd, EVENT)
+        aiojob.pause_job()
+        os.read(fd, 8)
+
+
+async def add_and_remove_reader(count: int) -> None:
+    loop = asyncio.get_running_loop()
+    fd = os.eventfd(0)
+    for _ in range(count):
+        readable = loop.create_future()
+        loop.add_reader(fd, readable.set_result, None)
+        loop.call_soon(os.write, fd, EVENT)
+        await readable
+        loop.remove_reader(fd)
+        os.read(fd, 8)
+    os.close(fd)

@@ -1,0 +1,70 @@
+"""Each example runs as its own program, and prints what its docstring says."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+LOOP_NEUTRAL = [path for path in EXAMPLES if "asyncio.run(" in path.read_text()]
+
+ON_UVLOOP = """
+import asyncio, os, runpy, sys, uvloop
+
+def new_event_loop():
+    loops.append(uvloop.new_event_loop())
+    return loops[-1]
+
+loops = []
+asyncio.events.new_event_loop = new_event_loop  # where asyncio.run() looks for it
+sys.path[0] = os.path.dirname(sys.argv[1])
+runpy.run_path(sys.argv[1], run_name="__main__")
+assert loops, "the example did not run on uvloop"
+"""
+
+# The debug mode's report on a step of the loop that took long, which depends on the machine.
+SLOW_STEP = re.compile(r"^Executing <.*> took [\d.]+ seconds\n", re.MULTILINE)
+
+
+def expected_output(example: Path) -> str:
+    """Return the block that ends the docstring, after the line "Expected output::"."""
+    docstring = ast.get_docstring(ast.parse(example.read_text())) or ""
+    _, _, block = docstring.partition("\nExpected output::\n\n")
+    assert block, f"{example.name} does not say what it prints: end its docstring with the output"
+    lines = block.splitlines()
+    assert all(line.startswith("    ") or not line for line in lines), "the block ends it"
+    return "".join(f"{line[4:]}\n" for line in lines)
+
+
+def check(example: Path, *program: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", *program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert SLOW_STEP.sub("", run.stderr) == ""
+    assert run.stdout == expected_output(example)
+    assert run.returncode == 0
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_prints_what_its_docstring_says(example: Path) -> None:
+    check(example, str(example))
+
+
+@pytest.mark.parametrize("example", LOOP_NEUTRAL, ids=lambda path: path.stem)
+def test_example_prints_the_same_on_uvloop(example: Path) -> None:
+    check(example, "-c", ON_UVLOOP, str(example))
+
+
+def test_examples_of_both_kinds_are_found() -> None:
+    assert EXAMPLES
+    assert LOOP_NEUTRAL
