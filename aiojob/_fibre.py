@@ -20,6 +20,7 @@ from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final
 
 from greenlet import (  # type: ignore[attr-defined]
@@ -147,6 +148,8 @@ class Fibre(greenlet):
             self.set_home(driver)
         # Once, at the start, and to the driver's own context: setting it again at each
         # resume would break a Context.run() around a pause.
+        if driver.gr_context is None:
+            copy_context()  # has the thread make a context, for the two to share
         self.gr_context = driver.gr_context
         self.attach = attach
 

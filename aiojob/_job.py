@@ -239,23 +239,24 @@ def unwind(fibre: Fibre, error: BaseException) -> Any:
 def finish(fibre: Fibre) -> Any:
     """Give the fibre of an ended job back, and return or raise the job's result."""
     port = fibre.port
-    pool = fibre.pool
     value, error = port.value, port.error
     port.value = port.error = None
-    fibre.gr_context = None
-    if fibre.job is None and fibre.way_back is pool.home_switch:
-        pool.give(fibre)
-    else:
-        _finish_slowly(fibre, pool)
     if error is None:
+        _give_back(fibre)
         return value
     try:
         raise error
     finally:
-        del error, fibre, pool, port  # the traceback holds this frame
+        _give_back(fibre)
+        del error, fibre, port  # the traceback holds this frame
 
 
-def _finish_slowly(fibre: Fibre, pool: Pool) -> None:
+def _give_back(fibre: Fibre) -> None:
+    pool = fibre.pool
+    fibre.gr_context = None
+    if fibre.job is None and fibre.way_back is pool.home_switch:
+        pool.give(fibre)
+        return
     own_ctx = _detach(fibre)
     fibre.way_back = fibre.port.home
     fibre.set_home(pool.home)
@@ -266,7 +267,7 @@ def _finish_slowly(fibre: Fibre, pool: Pool) -> None:
 
 
 def _detach(fibre: Fibre) -> WaitCtx | None:
-    """Part a job that has ended from its fibre; return its context if the job is to free it."""
+    """Part an ended job from its fibre; return its context if it is the job's to free."""
     job = fibre.job
     if job is None:
         return None

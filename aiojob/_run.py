@@ -39,7 +39,7 @@ from ._job import (
     unwind,
 )
 from ._waitctx import WaitCtx
-from ._wakeups import NEXT_ITERATION, attach, current_hub
+from ._wakeups import NEXT_ITERATION, attach, current_hub, loop_runs
 
 __all__ = ["Session", "as_coroutine", "await_", "iterate", "run", "run_job"]
 
@@ -136,7 +136,12 @@ async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
     port, pool = fibre.port, fibre.pool
     while reply is not port:
         try:
-            value = await (_paused(fibre) if reply is PAUSE else reply)
+            if reply is not PAUSE:
+                value = await reply
+            elif (wake_up := _paused(fibre)) is not None:
+                value = await wake_up
+            else:
+                value = None
         except BaseException as exc:
             error = _without_first_frame(exc)
         else:
@@ -148,6 +153,7 @@ async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
                 pool.running = None
             else:
                 reply = resume(fibre, value)
+            value = None  # the job's by now: it is not to be kept until the next pause ends
             continue
         # Here and not in the except block, or what the job raises later would get `error`
         # as its __context__.
@@ -160,8 +166,8 @@ async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
     return finish(fibre)
 
 
-def _paused(fibre: Fibre) -> Awaitable[None]:
-    """Return what a job that called `pause_job` waits for."""
+def _paused(fibre: Fibre) -> Awaitable[None] | None:
+    """Return what a job that called `pause_job` waits for, None if it was woken already."""
     job = fibre.job
     ctx = None if job is None else job._wait_ctx
     if ctx is None:
@@ -261,13 +267,13 @@ class Session:
         """
         ctx = self.wait_ctx
         ctx._check_startable()
+        attach(ctx)
         ctx._in_use = True
         try:
             fibre = await _acquire()
         except BaseException:
             ctx._in_use = False
             raise
-        attach(ctx)
         new_job(fibre, func, ctx)
         fibre.frees_wait_ctx = False
         return await _drive(fibre, getcurrent(), begin(fibre, func, args, kwargs))  # type: ignore[no-any-return]
@@ -342,7 +348,12 @@ def run(
 
     try:
         check_no_job_runs()
-    except JobError:
-        main.close()
+        if loop_runs():
+            raise RuntimeError(
+                "aiojob.run() cannot be called while an event loop runs in this thread: "
+                "await the coroutine instead"
+            )
+    except RuntimeError:
+        main.close()  # or it would warn that it was never awaited
         raise
     return run_in_own_greenlet(run_main)  # type: ignore[no-any-return]

@@ -27,7 +27,7 @@ from ._errors import EngineError, WaitFdError
 from ._fibre import Pool
 from ._waitctx import WaitCtx, WaitFd, WaitStatus
 
-__all__ = ["NEXT_ITERATION", "Hub", "Waker", "attach", "current_hub"]
+__all__ = ["NEXT_ITERATION", "Hub", "Waker", "attach", "current_hub", "loop_runs"]
 
 logger = logging.getLogger("aiojob")
 
@@ -72,7 +72,10 @@ class Waker:
         future = self._future
         if future is None or future.done():
             return False
-        future.set_result(None)
+        try:
+            future.set_result(None)
+        except RuntimeError:
+            logger.debug("a job was woken after its event loop had been closed")
         return True
 
     def pause(self, ctx: WaitCtx) -> Awaitable[None] | None:
@@ -341,6 +344,15 @@ def current_hub() -> Hub:
     except KeyError:
         hub = _hubs[loop] = Hub(loop)
         return hub
+
+
+def loop_runs() -> bool:
+    """Return whether an event loop is running in this thread."""
+    try:
+        get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def attach(ctx: WaitCtx) -> None:

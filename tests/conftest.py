@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import sys
 import threading
@@ -70,12 +71,27 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     aiojob.cleanup_thread()
     left = set(threading.enumerate()) - threads
     assert not left, f"threads left behind: {left}"
-    if "loop_factory" not in request.fixturenames and not _has_loop(request):
-        assert open_fds() <= fds, "fds were left behind"
+    assert open_fds() <= fds, "fds were left behind"
 
 
-def _has_loop(request: pytest.FixtureRequest) -> bool:
-    return request.node.get_closest_marker("asyncio") is not None
+class _Errors(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def no_loop_errors() -> Iterator[None]:
+    """Fail a test in which an event loop's exception handler was called."""
+    errors = _Errors()
+    logger = logging.getLogger("asyncio")
+    logger.addHandler(errors)
+    yield
+    logger.removeHandler(errors)
+    assert not errors.messages, f"the loop's exception handler was called: {errors.messages}"
 
 
 @pytest.hookimpl(wrapper=True)

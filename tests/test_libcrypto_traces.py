@@ -720,13 +720,18 @@ def test_end_of_the_c_program_is_in_the_trace_and_the_next_scenario_runs(
     assert "main capable -> 1" in libcrypto.run(["main capable"])
 
 
-def test_missing_compiler_skips_but_fails_in_ci(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reason", ["there is no C compiler", "no libcrypto 3 headers"])
+def test_driver_that_cannot_be_compiled_skips_but_fails_in_ci(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "headers" in reason:
+        compiler = tmp_path / "cc"
+        compiler.write_text("#!/bin/sh\necho 'openssl/async.h: not found' >&2\nexit 1\n")
+        compiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CI", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="no C compiler"):
+    with pytest.raises(pytest.skip.Exception, match=reason):
         compile_driver(tmp_path)
     monkeypatch.setenv("CI", "true")
-    with pytest.raises(pytest.fail.Exception, match="no C compiler"):
+    with pytest.raises(pytest.fail.Exception, match=reason):
         compile_driver(tmp_path)

@@ -451,6 +451,7 @@ static int any_job(void)
     return 0;
 }
 
+/* Called again, libcrypto leaks the pool that it had. */
 static int do_init(const struct operation *op, const int *n)
 {
     return any_job() ? 0 : print_number(op, ASYNC_init_thread(n[0], n[1]));
