@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from greenlet import (  # type: ignore[attr-defined]
     GREENLET_USE_CONTEXT_VARS,
@@ -90,18 +89,19 @@ class Port:
         self.func = self.value = self.error = None
 
 
-def _serve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _serve(port: Port) -> None:
     """Run the functions that drivers send, one after the other, for as long as the fibre lives."""
-    port: Port = getcurrent().port  # type: ignore[attr-defined]
     while True:
+        # The names are unbound while the fibre waits here, so that it keeps nothing of a job.
+        func, args, kwargs = port.home(port)
         port.func = func
         try:
             port.value = func(*args, **kwargs) if kwargs else func(*args)
         except BaseException as error:
             # Without this frame, which lives on, the traceback holds only the job's own.
             port.error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
-        port.func = func = args = kwargs = None  # type: ignore[assignment]
-        func, args, kwargs = port.home(port)
+        port.func = None
+        del func, args, kwargs
 
 
 class Fibre(greenlet):
@@ -131,7 +131,11 @@ class Fibre(greenlet):
 
     def __init__(self, pool: Pool) -> None:
         greenlet.__init__(self, _serve, pool.home)
-        self.port = Port(pool.home_switch)
+        # A greenlet keeps the arguments of its first switch for as long as it lives. A first
+        # switch to where it waits for a job keeps the first job's out of that.
+        self.port = Port(getcurrent().switch)
+        self.switch(self.port)
+        self.port.home = pool.home_switch
         self.pool = pool
         self.way_back: Callable[[Any], Any] = pool.home_switch
         self.job: Job | None = None
@@ -162,6 +166,16 @@ class Fibre(greenlet):
         self.parent = home
 
 
+class Waiter(Protocol):
+    """Somebody in the queue for a fibre."""
+
+    def offer(self, fibre: Fibre) -> bool:
+        """Take the fibre, and say so; False if it is not wanted any more."""
+
+    def call_soon_threadsafe(self, action: Callable[[], object]) -> bool:
+        """Have the pool's thread call `action`; False if that cannot be any more."""
+
+
 class Pool:
     """The fibres of one thread.
 
@@ -188,7 +202,6 @@ class Pool:
         "give",
         "home",
         "home_switch",
-        "ident",
         "max_size",
         "running",
         "take",
@@ -200,7 +213,6 @@ class Pool:
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()
-        self.ident = get_ident()
         self.home = main = _main_greenlet()
         self.home_switch: Callable[..., Any] = main.switch
         self.max_size = UNLIMITED
@@ -208,12 +220,20 @@ class Pool:
         self._fibres: set[Fibre] = set()
         self._idle: list[Fibre] = []
         self._reserve: list[Fibre] = []
-        self._waiters: deque[Callable[[Fibre], bool]] = deque()
+        self._waiters: deque[Waiter] = deque()
         self._inbox: deque[Callable[[], object]] = deque()
         self._kept = KEPT
         self._closed = False
         self.take = self._idle.pop
         self.give = self._idle.append
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the pool of the current thread.
+
+        Idents would not do: a thread may have that of one that has ended.
+        """
+        return pool_of_thread() is self
 
     @property
     def idle(self) -> int:
@@ -278,19 +298,21 @@ class Pool:
         """How many wait for a fibre."""
         return len(self._waiters)
 
-    def add_waiter(self, offer: Callable[[Fibre], bool]) -> None:
-        """Have the next free fibre offered; `offer` says whether it takes the fibre."""
-        self._waiters.append(offer)
+    def add_waiter(self, waiter: Waiter) -> None:
+        """Have the next free fibre offered to `waiter`."""
+        self._waiters.append(waiter)
         self.give = self._give_to_waiter
+        if self._inbox:  # posted between the waiter's look at the pool and this call
+            self.do_posted()
 
-    def remove_waiter(self, offer: Callable[[Fibre], bool]) -> None:
-        if offer in self._waiters:
-            self._waiters.remove(offer)
+    def remove_waiter(self, waiter: Waiter) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
 
     def _give_to_waiter(self, fibre: Fibre) -> None:
         while self._waiters:
-            offer = self._waiters.popleft()
-            if offer(fibre):
+            waiter = self._waiters.popleft()
+            if waiter.offer(fibre):
                 return
         self.give = self._idle.append
         self._idle.append(fibre)
@@ -307,14 +329,21 @@ class Pool:
     def post(self, action: Callable[[], object]) -> None:
         """Have this pool's thread call `action` when it next takes a fibre, or ends.
 
-        Any thread may call this. After the end of the pool's thread nothing happens.
+        If somebody waits for a fibre, then soon. Any thread may call this. After the end of the
+        pool's thread nothing happens.
         """
-        if not self._closed:
-            # Append first: the owner restores `take`, then empties the inbox.
-            self._inbox.append(action)
-            self.take = self._take_after_inbox
+        if self._closed:
+            return
+        # Append before anything else: the owner restores `take`, then empties the inbox; and a
+        # waiter enters the queue, then looks at the inbox.
+        self._inbox.append(action)
+        self.take = self._take_after_inbox
+        for waiter in self._waiters.copy():
+            if waiter.call_soon_threadsafe(self.do_posted):
+                break
 
     def do_posted(self) -> None:
+        """Do what other threads left for this one."""
         self.take = self._idle.pop
         while True:
             try:

@@ -24,7 +24,6 @@ reference unwinds the job.
 
 from __future__ import annotations
 
-from _thread import get_ident
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -215,8 +214,8 @@ def _paused_greenlet(fibre: Fibre) -> greenlet:
     return child
 
 
-def unwind(fibre: Fibre, error: BaseException) -> Any:
-    """End a paused job of this thread: raise `error` at its pause, and let it pause no more.
+def unwind(fibre: Fibre) -> Any:
+    """End a paused job of this thread: raise `GeneratorExit` at its pause; it pauses no more.
 
     Works in any greenlet of the thread, also in the middle of another job, where the garbage
     collector may find what it has to end. Returns and raises what the job does.
@@ -225,7 +224,7 @@ def unwind(fibre: Fibre, error: BaseException) -> Any:
     port.home = getcurrent().switch
     fibre.way_back = _refuse_closing
     fibre.__sqlalchemy_greenlet_provider__ = False
-    reply = throw(fibre, error)
+    reply = throw(fibre, GeneratorExit())
     if reply is not port:
         _detach(fibre)
         fibre.pool.forget(fibre)
@@ -247,8 +246,9 @@ def finish(fibre: Fibre) -> Any:
     try:
         raise error
     finally:
+        del error, port  # the traceback holds this frame
         _give_back(fibre)
-        del error, fibre, port  # the traceback holds this frame
+        del fibre
 
 
 def _give_back(fibre: Fibre) -> None:
@@ -280,14 +280,13 @@ def _detach(fibre: Fibre) -> WaitCtx | None:
 
 def drop(fibre: Fibre, job: Job | None = None) -> None:
     """End a paused job that nobody can resume any more; from any thread."""
-    pool = fibre.pool
-    if pool.ident != get_ident():
-        pool.post(partial(drop, fibre, job))
+    if not fibre.pool.is_here:
+        fibre.pool.post(partial(drop, fibre, job))
         return
     if job is not None:
         fibre.job = job
     with suppress(GeneratorExit):
-        unwind(fibre, GeneratorExit())
+        unwind(fibre)
 
 
 # -- ways back: what a pause calls
@@ -516,7 +515,7 @@ def _resume_job(job: Job) -> StartResult[Any]:
     if not isinstance(job, Job):
         raise TypeError(f"job must be a Job to resume, or None to start one, got {job!r}")
     fibre = job._fibre
-    if job._pool.ident != get_ident():
+    if not job._pool.is_here:
         raise WrongThreadError(
             f"{job!r} was started by another thread, and only that one may resume it"
         )

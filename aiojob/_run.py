@@ -8,7 +8,6 @@ therefore what they would be if the job were a coroutine.
 from __future__ import annotations
 
 import functools
-from _thread import get_ident
 from asyncio import AbstractEventLoop, Future, Runner, get_running_loop
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
 from types import TracebackType
@@ -107,27 +106,40 @@ async def _acquire() -> Fibre:
     return fibre
 
 
-async def _wait_for_fibre(pool: Pool) -> Fibre:
-    loop = get_running_loop()
-    free: Future[Fibre] = loop.create_future()
+class _Waiter:
+    """A coroutine that waits for a fibre."""
 
-    def offer(fibre: Fibre) -> bool:
-        if free.done() or loop.is_closed():
+    def __init__(self) -> None:
+        self._loop = get_running_loop()
+        self.fibre: Future[Fibre] = self._loop.create_future()
+
+    def offer(self, fibre: Fibre) -> bool:
+        if self.fibre.done() or self._loop.is_closed():
             return False
-        free.set_result(fibre)
+        self.fibre.set_result(fibre)
         return True
 
-    pool.add_waiter(offer)
+    def call_soon_threadsafe(self, action: Callable[[], object]) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(action)
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
+
+
+async def _wait_for_fibre(pool: Pool) -> Fibre:
+    waiter = _Waiter()
+    pool.add_waiter(waiter)
     try:
-        return await free
+        return await waiter.fibre
     except BaseException:
-        pool.remove_waiter(offer)
-        if free.done() and not free.cancelled():  # offered, and cancelled before this step
-            fibre = free.result()
-            if pool.ident == get_ident():
-                pool.give(fibre)
+        pool.remove_waiter(waiter)
+        if waiter.fibre.done() and not waiter.fibre.cancelled():
+            # It was offered a fibre, and cancelled before this step.
+            if pool.is_here:
+                pool.give(waiter.fibre.result())
             else:
-                pool.post(functools.partial(pool.give, fibre))
+                pool.post(functools.partial(pool.give, waiter.fibre.result()))
         raise
 
 
@@ -136,12 +148,12 @@ async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
     port, pool = fibre.port, fibre.pool
     while reply is not port:
         try:
-            if reply is not PAUSE:
-                value = await reply
-            elif (wake_up := _paused(fibre)) is not None:
-                value = await wake_up
-            else:
+            if reply is PAUSE:
                 value = None
+                if (wake_up := _paused(fibre)) is not None:
+                    await wake_up
+            else:
+                value = await reply
         except BaseException as exc:
             error = _without_first_frame(exc)
         else:
@@ -158,7 +170,8 @@ async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
         # Here and not in the except block, or what the job raises later would get `error`
         # as its __context__.
         if isinstance(error, GeneratorExit):
-            return _close(fibre, error)
+            del error
+            return _close(fibre)
         if getcurrent() is not driver:
             driver = _follow_driver(fibre)
         reply = throw(fibre, error)
@@ -181,7 +194,7 @@ def _follow_driver(fibre: Fibre) -> greenlet:
     """Have the job come back to the greenlet that its coroutine runs in by now."""
     driver = getcurrent()
     try:
-        if fibre.pool.ident != get_ident():
+        if not fibre.pool.is_here:
             raise WrongThreadError("run_job() was resumed in another thread than it began in")
         check_no_job_runs()
     except JobError:
@@ -191,11 +204,11 @@ def _follow_driver(fibre: Fibre) -> greenlet:
     return driver
 
 
-def _close(fibre: Fibre, error: BaseException) -> Any:
-    if fibre.pool.ident == get_ident():
-        return unwind(fibre, error)
+def _close(fibre: Fibre) -> Any:
+    if fibre.pool.is_here:
+        return unwind(fibre)
     drop(fibre)  # leaves it to the job's own thread
-    raise error
+    raise GeneratorExit
 
 
 def _without_first_frame(error: BaseException) -> BaseException:

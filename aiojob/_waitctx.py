@@ -263,15 +263,17 @@ class WaitCtx:
         self._callback = self._waker = None
         for entry in entries:
             entry.unwatch(self)
-        _raise_all([error for entry in entries if (error := self._clean_up(entry)) is not None])
+        _raise_all(self._clean_up(entries))
 
-    def _clean_up(self, entry: WaitFd) -> BaseException | None:
-        try:
-            if entry.cleanup is not None:
-                entry.cleanup(self, entry.key, entry.fd, entry.custom_data)
-        except BaseException as error:
-            return error
-        return None
+    def _clean_up(self, entries: list[WaitFd]) -> list[BaseException]:
+        errors: list[BaseException] = []
+        for entry in entries:
+            try:
+                if entry.cleanup is not None:
+                    entry.cleanup(self, entry.key, entry.fd, entry.custom_data)
+            except BaseException as error:
+                errors.append(error)
+        return errors
 
     def _live(self) -> Iterator[WaitFd]:
         return (entry for entry in reversed(self._entries) if not entry.deleted)

@@ -44,6 +44,13 @@ def loop_factory(request: pytest.FixtureRequest) -> LoopFactory:
     return LOOPS[request.param]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _loops_were_used() -> None:
+    """Have each kind of loop open what it keeps for good."""
+    for factory in LOOPS.values():
+        factory().close()
+
+
 def open_fds() -> set[int]:
     fds = set()
     for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):

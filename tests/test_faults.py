@@ -34,6 +34,9 @@ from aiojob import (
     WaitFdError,
     WaitStatus,
     WrongThreadError,
+    _fibre,
+    _job,
+    _wakeups,
     await_,
     can_pause,
     get_current_job,
@@ -44,7 +47,6 @@ from aiojob import (
     run_job,
     start_job,
 )
-from aiojob import _fibre, _job, _wakeups
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 Wake = Callable[[], object]
@@ -92,9 +94,15 @@ def _not_started() -> NoReturn:
 
 def current_wake() -> Wake:
     """What an engine calls when the running job may go on."""
-    callback = get_wait_ctx().get_callback()
-    assert callback is not None
-    return partial(*callback)
+    callback_and_arg = get_wait_ctx().get_callback()
+    assert callback_and_arg is not None
+    callback, arg = callback_and_arg
+    return partial(callback, arg)
+
+
+def resume(job: Job | None) -> aiojob.StartResult[Any]:
+    assert job is not None
+    return resume(job)
 
 
 def in_thread(func: Callable[[], T]) -> T:
@@ -512,8 +520,13 @@ SIGNAL = (1).to_bytes(8, sys.byteorder)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "order",
-    ["clear close reuse set", "close clear reuse set", "close reuse clear set", "close reuse set"]
-    + ["close reuse"],
+    [
+        "clear close reuse set",
+        "close clear reuse set",
+        "close reuse clear set",
+        "close reuse set",
+        "close reuse",
+    ],
 )
 async def test_fd_number_closed_and_reused_between_two_pauses_is_watched_afresh(
     order: str, kind: str
@@ -605,11 +618,12 @@ async def test_two_jobs_on_one_fd_the_end_of_one_leaves_the_other_watched(
         get_wait_ctx().set_wait_fd(KEY, pipe[0])
         return operation()
 
-    tasks = [await started(run_job(first)), await started(run_job(wait_for_fd, pipe[0]))]
+    first_task = await started(run_job(first))
+    second_task = await started(run_job(wait_for_fd, pipe[0]))
     operation.complete()
-    assert await tasks[0] == "done"
+    assert await first_task == "done"
     os.write(pipe[1], b"x")
-    assert await tasks[1] == b"x"
+    assert await second_task == b"x"
 
 
 async def test_two_entries_for_one_fd_clearing_one_leaves_it_watched(
@@ -724,7 +738,7 @@ def test_exception_comes_out_of_start_job_as_itself_and_the_job_is_finished(
         for _ in range(pauses):
             status, job, _ = start_job(job, ctx, raise_it, name, pauses)
             assert status is JobStatus.PAUSE
-        with pytest.raises(BaseException) as info:  # noqa: PT011
+        with pytest.raises(BaseException) as info:
             start_job(job, ctx, raise_it, name, pauses)
         assert info.value is RAISED[name]
         assert outstanding() == 0
@@ -738,7 +752,7 @@ def test_exception_comes_out_of_start_job_as_itself_and_the_job_is_finished(
     "name", sorted(RAISED.keys() - {"StopIteration", "KeyboardInterrupt", "SystemExit"})
 )
 async def test_exception_comes_out_of_run_job_as_itself(name: str, pauses: int) -> None:
-    with pytest.raises(BaseException) as info:  # noqa: PT011
+    with pytest.raises(BaseException) as info:
         await run_job(raise_it, name, pauses)
     assert info.value is RAISED[name]
     assert outstanding() == 0
@@ -770,7 +784,7 @@ def test_exit_exception_of_a_job_ends_the_loop_as_that_of_a_coroutine(
 @pytest.mark.parametrize("name", ["KeyboardInterrupt", "SystemExit"])
 def test_exit_exception_of_a_job_comes_out_of_a_coroutine_stepped_by_hand(name: str) -> None:
     with pytest.raises(type(RAISED[name])) as info:
-        run_job(raise_it, name, 0).send(None)  # type: ignore[attr-defined]
+        run_job(raise_it, name, 0).send(None)
     assert info.value is RAISED[name]
     assert outstanding() == 0
 
@@ -876,7 +890,7 @@ def test_job_dropped_inside_another_running_job_leaves_that_job_alone() -> None:
 
     status, job, _ = start_job(None, None, outer)
     assert (status, get_current_job()) == (JobStatus.PAUSE, None)
-    assert start_job(job, None).ret == "outer"
+    assert resume(job).ret == "outer"
 
 
 async def test_job_dropped_inside_a_run_job_leaves_that_job_alone() -> None:
@@ -1103,7 +1117,7 @@ async def test_coroutine_closed_inside_another_running_job_leaves_that_job_alone
 
 
 async def test_never_started_coroutine_closes_without_a_job() -> None:
-    run_job(raise_it, "Exception", 0).close()  # type: ignore[attr-defined]
+    run_job(raise_it, "Exception", 0).close()
     assert outstanding() == 0
 
 
@@ -1158,7 +1172,9 @@ def test_fd_of_a_job_paused_when_its_loop_is_closed_gets_its_cleanup(
     cleaned: list[int] = []
 
     def job() -> None:
-        get_wait_ctx().set_wait_fd(KEY, pipe[0], None, lambda ctx, key, fd, data: cleaned.append(fd))
+        get_wait_ctx().set_wait_fd(
+            KEY, pipe[0], None, lambda ctx, key, fd, data: cleaned.append(fd)
+        )
         while True:
             pause_job()
 
@@ -1184,10 +1200,10 @@ def test_resume_in_another_thread_is_refused_and_the_job_is_as_before() -> None:
         log: list[str] = []
         _, job, _ = start_job(None, ctx, logging_job, log)
         with pytest.raises(WrongThreadError, match="another thread"):
-            in_thread(partial(start_job, job, ctx))
+            in_thread(partial(resume, job))
         assert job is not None
         assert (job.status, log) == (JobStatus.PAUSE, [])
-        start_job(job, ctx)
+        resume(job)
         assert log == ["resumed", "cleaned up"]
 
 
@@ -1244,12 +1260,12 @@ def test_start_inside_a_job_is_refused_and_the_job_goes_on() -> None:
         with pytest.raises(JobError, match="inside a running job"):
             start_job(None, None, len, "abc")
         with pytest.raises(JobError, match="running"):
-            start_job(get_current_job(), None)
+            resume(get_current_job())
         pause_job()
         return "went on"
 
     _, handle, _ = start_job(None, None, job)
-    assert start_job(handle, None).ret == "went on"
+    assert resume(handle).ret == "went on"
 
 
 async def test_start_inside_a_run_job_is_refused_and_awaiting_run_job_works() -> None:
@@ -1322,7 +1338,7 @@ def test_wait_context_in_use_refuses_another_job_and_free() -> None:
         start_job(None, ctx, len, "abc")
     with pytest.raises(JobError, match="cannot be freed"):
         ctx.free()
-    assert start_job(job, ctx).status is JobStatus.FINISH
+    assert resume(job).status is JobStatus.FINISH
     ctx.free()
     ctx.free()
     with pytest.raises(JobError, match="freed"):
@@ -1333,7 +1349,7 @@ def test_wait_context_in_use_refuses_another_job_and_free() -> None:
 # -- pools
 
 
-async def exhaust_pool(waiters: int, log: list[int]) -> tuple[Operation, list[asyncio.Task[None]]]:
+async def exhaust_pool(waiters: int, log: list[int]) -> tuple[Operation, list[asyncio.Future[Any]]]:
     """One job that holds the only fibre, and tasks that wait for it."""
     init_thread(1)
     operation = Operation()
@@ -1342,12 +1358,10 @@ async def exhaust_pool(waiters: int, log: list[int]) -> tuple[Operation, list[as
     tasks = [asyncio.ensure_future(run_job(log.append, number)) for number in range(waiters)]
     await iterations()
     assert _fibre.pool_of_thread().waiters == waiters
-    return operation, [holder, *tasks]  # type: ignore[list-item]
+    return operation, [holder, *tasks]
 
 
-ORDERS = [
-    order for count in range(4) for order in itertools.permutations(range(3), count) if order
-]
+ORDERS = [order for count in range(4) for order in itertools.permutations(range(3), count) if order]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
@@ -1483,7 +1497,7 @@ def test_init_thread_with_bad_sizes_raises_and_changes_nothing(sizes: tuple[int,
         init_thread(*sizes)
     _, job, _ = start_job(None, None, pause_job)
     assert start_job(None, None, len, "abc").status is JobStatus.NO_JOBS
-    start_job(job, None)
+    resume(job)
 
 
 def test_init_thread_and_cleanup_thread_with_a_job_under_way_raise_and_change_nothing() -> None:
@@ -1495,7 +1509,7 @@ def test_init_thread_and_cleanup_thread_with_a_job_under_way_raise_and_change_no
     _, second, _ = start_job(None, None, pause_job)
     assert start_job(None, None, len, "abc").status is JobStatus.NO_JOBS
     for job in (first, second):
-        assert start_job(job, None).status is JobStatus.FINISH
+        assert resume(job).status is JobStatus.FINISH
     init_thread(5, 5)
     assert _fibre.pool_of_thread().idle == 5
 
@@ -1560,7 +1574,7 @@ def test_status_err_does_not_concern_a_hand_written_loop() -> None:
         ctx.status = WaitStatus.ERR
         status, job, _ = start_job(None, ctx, pause_job)
         assert status is JobStatus.PAUSE
-        assert start_job(job, ctx).status is JobStatus.FINISH
+        assert resume(job).status is JobStatus.FINISH
 
 
 @pytest.mark.parametrize("with_fd", [False, True])
@@ -1860,7 +1874,7 @@ def test_exception_of_a_hand_driven_job_makes_no_reference_cycle() -> None:
     with no_garbage():
         _, handle, _ = start_job(None, None, job)
         try:
-            start_job(handle, None)
+            resume(handle)
         except Marked as error:
             alive = weakref.ref(error)
         assert alive() is None
@@ -1968,7 +1982,7 @@ def test_context_run_around_a_pause_of_a_hand_driven_job_is_left_and_entered() -
     assert VARIABLE.get() == "default"
     with pytest.raises(RuntimeError, match="already entered"):
         context.run(int)
-    assert start_job(job, None).ret == "inner"
+    assert resume(job).ret == "inner"
     assert VARIABLE.get() == "default"
     assert context.run(VARIABLE.get) == "inner"
 
@@ -2188,7 +2202,7 @@ def test_blocks_nest_and_an_unblock_too_many_is_ignored() -> None:
 
     _, handle, _ = start_job(None, None, job)
     resumed = 1
-    while handle is not None and (result := start_job(handle, None)).status is JobStatus.PAUSE:
+    while handle is not None and (result := resume(handle)).status is JobStatus.PAUSE:
         resumed += 1
     assert result.ret == "done"
     assert resumed == pauses == 3
@@ -2208,11 +2222,11 @@ def test_blocks_are_counted_per_job() -> None:
 
     _, first, _ = start_job(None, None, blocked)
     _, second, _ = start_job(None, None, free)
-    assert start_job(first, None).status is JobStatus.FINISH
-    assert start_job(second, None).ret == "free"
+    assert resume(first).status is JobStatus.FINISH
+    assert resume(second).ret == "free"
     status, third, _ = start_job(None, None, free)
     assert status is JobStatus.PAUSE
-    start_job(third, None)
+    resume(third)
 
 
 async def test_blocked_pause_of_a_run_job_has_no_effect_and_await_raises() -> None:
@@ -2222,7 +2236,7 @@ async def test_blocked_pause_of_a_run_job_has_no_effect_and_await_raises() -> No
     def job() -> str:
         with pause_blocked(), pause_blocked():
             pause_job()
-            with pytest.raises(CannotPauseError, match="blocked.*unblock_pause"):
+            with pytest.raises(CannotPauseError, match=r"blocked.*unblock_pause"):
                 await_(never())
         assert can_pause()
         return await_(asyncio.sleep(0, "went on"))
@@ -2254,21 +2268,21 @@ async def nothing() -> None:
 
 
 def test_await_outside_a_job_closes_the_coroutine_and_names_the_remedy() -> None:
-    coroutine = nothing()
+    coroutine: Any = nothing()
     with pytest.raises(CannotPauseError, match=r"run_job\(\)"):
         await_(coroutine)
     assert coroutine.cr_frame is None
 
 
 async def test_await_in_a_coroutine_closes_the_coroutine_and_names_the_remedy() -> None:
-    coroutine = nothing()
+    coroutine: Any = nothing()
     with pytest.raises(CannotPauseError, match=r"run_job\(\)"):
         await_(coroutine)
     assert coroutine.cr_frame is None
 
 
 def test_await_in_a_hand_driven_job_closes_the_coroutine_and_names_the_remedy() -> None:
-    coroutine = nothing()
+    coroutine: Any = nothing()
 
     def job() -> None:
         with pytest.raises(CannotPauseError, match=r"run_job\(\)"):
@@ -2277,7 +2291,7 @@ def test_await_in_a_hand_driven_job_closes_the_coroutine_and_names_the_remedy() 
 
     status, handle, _ = start_job(None, None, job)
     assert status is JobStatus.PAUSE
-    start_job(handle, None)
+    resume(handle)
     assert coroutine.cr_frame is None
 
 

@@ -652,9 +652,7 @@ async def test_greenlet_of_a_greenlet_inside_a_job_pauses() -> None:
             pause_job()
             assert place() == IN_JOB
             return await_(answer("deep"))
-        result = greenlet(nest).switch(depth - 1)
-        assert isinstance(result, str)
-        return result
+        return str(greenlet(nest).switch(depth - 1))
 
     assert await run_job(nest, 5) == "deep"
 
@@ -678,7 +676,8 @@ async def test_plain_greenlet_inside_a_job_is_no_bridge_for_sqlalchemy() -> None
     def in_child() -> str:
         with pytest.raises(MissingGreenlet):
             await_only(answer("never"))
-        return await_(greenlet_spawn(await_only, answer("bridged")))
+        bridged: str = await_(greenlet_spawn(await_only, answer("bridged")))
+        return bridged
 
     def job() -> object:
         return greenlet(in_child).switch()
@@ -761,7 +760,8 @@ def test_greenlet_that_paused_a_job_driven_by_hand_is_the_one_resumed() -> None:
 
     result = start_job(None, None, job)
     for steps in range(3):
-        assert result.status is JobStatus.PAUSE
+        assert result.job is not None
+        assert result.status is result.job.status is JobStatus.PAUSE
         assert log == [(0, IN_JOB), (1, IN_JOB)][:steps]
         assert place() == OUTSIDE
         result = start_job(result.job, None)

@@ -110,9 +110,9 @@ def loop_name(request: pytest.FixtureRequest) -> str:
 def run_program(source: str, loop_name: str = "asyncio", returncode: int = 0) -> list[str]:
     """Run a program, check how it ended, and return the lines that it printed."""
     directory = os.path.dirname(os.path.dirname(os.path.abspath(aiojob.__file__)))
+    program = PRELUDE + textwrap.dedent(source)
     process = subprocess.run(
-        [sys.executable, "-P", "-X", "dev", "-W", "error"]
-        + ["-c", PRELUDE + textwrap.dedent(source), loop_name],
+        [sys.executable, "-P", "-X", "dev", "-W", "error", "-c", program, loop_name],
         capture_output=True,
         text=True,
         timeout=60,
@@ -544,9 +544,7 @@ def test_exit_with_idle_fibres_in_a_daemon_thread_is_silent() -> None:
 
 
 @pytest.mark.parametrize("pauses", [0, 2])
-def test_system_exit_in_a_job_ends_the_program_with_its_code(
-    pauses: int, loop_name: str
-) -> None:
+def test_system_exit_in_a_job_ends_the_program_with_its_code(pauses: int, loop_name: str) -> None:
     printed = run_program(
         f"""
         def job():

@@ -27,6 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 counts = suite_outcomes.counts
+bridge: Any = concurrency  # the parts of it that are not SQLAlchemy's public interface
 original_await = concurrency.await_
 original_spawn = concurrency.greenlet_spawn
 jobs_that_awaited: WeakSet[aiojob.Job] = WeakSet()
@@ -102,13 +103,13 @@ def make_uvloop_runner(util: Any) -> None:
 
 
 def pytest_unconfigure() -> None:
-    assert concurrency._concurrency_shim._AsyncIoGreenlet is AwaitPoint
+    assert bridge._concurrency_shim._AsyncIoGreenlet is AwaitPoint
 
 
 assert "sqlalchemy.testing" not in sys.modules, "the suite was loaded before this plugin"
 # First, as the first use of SQLAlchemy's bridge sets the class of its greenlets.
 WITHOUT_AWAIT = message_without_await()
-concurrency._concurrency_shim._AsyncIoGreenlet = AwaitPoint
+bridge._concurrency_shim._AsyncIoGreenlet = AwaitPoint
 replace_everywhere()
 if os.environ.get("AIOJOB_SUITE_LOOP") == "uvloop":
-    concurrency._AsyncUtil.__init__ = make_uvloop_runner
+    bridge._AsyncUtil.__init__ = make_uvloop_runner

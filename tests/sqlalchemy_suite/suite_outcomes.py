@@ -22,7 +22,8 @@ def pytest_collection_finish() -> None:
     """Count how often the suite's cancellation tests cancel something."""
     from sqlalchemy.testing import cancellation
 
-    visit: Any = cancellation.AwaitPoints.__call__
+    await_points: Any = cancellation.AwaitPoints
+    visit = await_points.__call__
 
     def visit_and_count(points: Any, awaitable: object) -> None:
         before = len(points.cancelled_at)
@@ -30,7 +31,7 @@ def pytest_collection_finish() -> None:
         counts["await points"] += 1
         counts["cancellations"] += len(points.cancelled_at) - before
 
-    cancellation.AwaitPoints.__call__ = visit_and_count
+    await_points.__call__ = visit_and_count
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
