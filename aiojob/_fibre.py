@@ -197,6 +197,7 @@ class Pool:
         "_idle",
         "_inbox",
         "_kept",
+        "_main",
         "_reserve",
         "_waiters",
         "give",
@@ -213,8 +214,8 @@ class Pool:
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()
-        self.home = main = _main_greenlet()
-        self.home_switch: Callable[..., Any] = main.switch
+        self._main = self.home = _main_greenlet()
+        self.home_switch: Callable[..., Any] = self.home.switch
         self.max_size = UNLIMITED
         self.running: Fibre | None = None
         self._fibres: set[Fibre] = set()
@@ -231,9 +232,10 @@ class Pool:
     def is_here(self) -> bool:
         """Whether this is the pool of the current thread.
 
-        Idents would not do: a thread may have that of one that has ended.
+        Neither the thread's ident would do, which the next thread may get, nor its local data,
+        which is gone while the thread ends.
         """
-        return pool_of_thread() is self
+        return not is_shut_down() and _main_greenlet() is self._main
 
     @property
     def idle(self) -> int:
@@ -330,9 +332,9 @@ class Pool:
         """Have this pool's thread call `action` when it next takes a fibre, or ends.
 
         If somebody waits for a fibre, then soon. Any thread may call this. After the end of the
-        pool's thread nothing happens.
+        pool's thread, or the interpreter's, nothing happens.
         """
-        if self._closed:
+        if self._closed or is_shut_down():
             return
         # Append before anything else: the owner restores `take`, then empties the inbox; and a
         # waiter enters the queue, then looks at the inbox.
@@ -399,6 +401,15 @@ def _drop(fibre: Fibre) -> None:
 
 def _die(*_: object) -> None:
     raise GreenletExit
+
+
+def is_shut_down() -> bool:
+    """Whether the interpreter has come so far in its exit that greenlets cannot switch."""
+    try:
+        getcurrent()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _main_greenlet() -> greenlet:
@@ -470,11 +481,14 @@ def pool_of(driver: greenlet) -> Pool:
 def current_fibre() -> Fibre | None:
     """Return the fibre of the running job that the current greenlet is in, if any.
 
-    This follows the greenlets' parents. A thread-local would be wrong for the greenlets that
-    an awaited SQLAlchemy coroutine runs while the job is paused, and the parents alone for a
-    greenlet of a paused job that others switched to.
+    This follows the greenlets' parents: a thread-local would be wrong for the greenlets that
+    an awaited SQLAlchemy coroutine runs while the job is paused. The parents alone would be
+    wrong for a greenlet of a paused job that others switched to.
     """
     current: greenlet | None = getcurrent()
+    if type(current) is Fibre:
+        current.pool.running = current  # greenback resumes it behind its driver's back
+        return current
     while current is not None:
         if type(current) is Fibre:
             return current if current.pool.running is current else None

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -102,7 +102,7 @@ def current_wake() -> Wake:
 
 def resume(job: Job | None) -> aiojob.StartResult[Any]:
     assert job is not None
-    return resume(job)
+    return start_job(job, None)
 
 
 def in_thread(func: Callable[[], T]) -> T:
@@ -155,16 +155,6 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 def outstanding() -> int:
     return _fibre.pool_of_thread().outstanding
-
-
-@pytest.fixture
-async def complaints() -> AsyncIterator[list[dict[str, Any]]]:
-    """What the running loop's exception handler gets to hear; nothing, if all is well."""
-    heard: list[dict[str, Any]] = []
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: heard.append(context))
-    yield heard
-    assert heard == []
 
 
 # -- wake-ups at the wrong time

@@ -582,6 +582,30 @@ async def test_job_that_greenback_resumes_can_still_block_its_pauses() -> None:
     assert await task == BLOCKED
 
 
+async def test_greenlet_of_a_job_that_greenback_resumes_is_still_in_the_job() -> None:
+    entered, others_ran = asyncio.Event(), asyncio.Event()
+
+    async def wait_for_others() -> None:
+        entered.set()
+        await others_ran.wait()
+
+    def in_child() -> tuple[Place, str]:
+        greenback.await_(wait_for_others())
+        return place(), await_(answer("ours"))
+
+    def job() -> tuple[object, Place]:
+        return greenlet(in_child).switch(), place()
+
+    async def main() -> tuple[object, Place]:
+        return await run_job(job)
+
+    task = asyncio.create_task(greenback.with_portal_run(main))
+    await entered.wait()
+    await run_job(await_, answer("another job"))
+    others_ran.set()
+    assert await task == ((IN_JOB, "ours"), IN_JOB)
+
+
 async def test_job_run_by_greenback_inside_a_job_is_an_error() -> None:
     def job() -> str:
         with pytest.raises(JobError, match="inside a running job"):

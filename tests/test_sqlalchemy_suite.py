@@ -15,6 +15,7 @@ import tarfile
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import pytest
@@ -34,13 +35,15 @@ RUNS = {
 class Report:
     """How a run of the suite ended."""
 
-    def __init__(self, file: Path, output: str) -> None:
-        assert file.exists(), output
-        content: dict[str, Any] = json.loads(file.read_text())
+    def __init__(self, process: subprocess.Popen[bytes], files: Path) -> None:
+        self.exit_status = process.wait()
+        self.output = files.with_suffix(".txt").read_text()
+        report = files.with_suffix(".json")
+        assert report.exists(), self.output
+        content: dict[str, Any] = json.loads(report.read_text())
         self.outcomes: dict[str, str] = content["outcomes"]
         self.counts: Counter[str] = Counter(content["counts"])
         self.totals = Counter(self.outcomes.values())
-        self.output = output
 
 
 def give_up(reason: str) -> NoReturn:
@@ -54,20 +57,22 @@ def sdist(cache: Path) -> Path:
     name = f"sqlalchemy-{version('sqlalchemy')}"
     kept = cache / f"{name}.tar.gz"
     if not kept.exists():
-        # Into a directory of this process: another session may be filling the cache as well.
-        fresh = cache / f"{name}-{os.getpid()}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(fresh)]
-        command += ["--no-binary", "sqlalchemy", name.replace("-", "==")]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            give_up("pip took too long to fetch SQLAlchemy's source distribution")
-        archives = list(fresh.glob("*.tar.gz"))
-        if done.returncode or not archives:
-            give_up(f"pip cannot fetch SQLAlchemy's source distribution:\n{done.stderr}")
-        archives[0].replace(kept)
-        fresh.rmdir()
+        # Not straight to its place: another session may be filling the cache as well.
+        with TemporaryDirectory(dir=cache) as fresh:
+            download(name.replace("-", "=="), fresh).replace(kept)
     return kept
+
+
+def download(requirement: str, directory: str) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", directory]
+    command += ["--no-binary", "sqlalchemy", requirement]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        give_up("pip took too long to fetch SQLAlchemy's source distribution")
+    if done.returncode:
+        give_up(f"pip cannot fetch SQLAlchemy's source distribution:\n{done.stderr}")
+    return next(Path(directory).glob("*.tar.gz"))
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +97,11 @@ def reports(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     tmp = tmp_path_factory.mktemp("reports")
     processes = {run: start(suite, tmp, run) for run in RUNS}
     try:
-        for process in processes.values():
-            process.wait()
+        return {run: Report(process, tmp / run) for run, process in processes.items()}
     finally:
         for process in processes.values():
             process.kill()
             process.wait()
-    return {run: Report(tmp / f"{run}.json", (tmp / f"{run}.txt").read_text()) for run in RUNS}
 
 
 def start(suite: Path, tmp: Path, run: str) -> subprocess.Popen[bytes]:
@@ -127,6 +130,7 @@ def test_sqlalchemys_own_asyncio_tests_end_on_aiojob_as_without(
     assert plain.totals["passed"] > 0, plain.output
     assert on_aiojob.totals == plain.totals, on_aiojob.output
     assert on_aiojob.outcomes == plain.outcomes, on_aiojob.output
+    assert on_aiojob.exit_status == plain.exit_status, on_aiojob.output
     assert on_aiojob.counts["jobs"] > 0
     assert on_aiojob.counts["awaits"] > 0
 
