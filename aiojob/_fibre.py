@@ -91,17 +91,28 @@ class Port:
 
 def _serve(port: Port) -> None:
     """Run the functions that drivers send, one after the other, for as long as the fibre lives."""
-    while True:
-        # The names are unbound while the fibre waits here, so that it keeps nothing of a job.
-        func, args, kwargs = port.home(port)
-        port.func = func
-        try:
-            port.value = func(*args, **kwargs) if kwargs else func(*args)
-        except BaseException as error:
-            # Without this frame, which lives on, the traceback holds only the job's own.
-            port.error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
-        port.func = None
-        del func, args, kwargs
+    try:
+        while True:
+            # The names are unbound while the fibre waits here, so that it keeps nothing of a job.
+            message = port.home(port)
+            while type(message) is not tuple:  # see _leave_pool
+                message = port.home(message)
+            port.func, args, kwargs = message
+            del message
+            try:
+                port.value = port.func(*args, **kwargs) if kwargs else port.func(*args)
+            except BaseException as error:
+                # Without this frame, which lives on, the traceback is the job's own.
+                traceback = error.__traceback__
+                port.error = error.with_traceback(traceback and traceback.tb_next)
+                del traceback
+            port.func = None
+            del args, kwargs
+    except GreenletExit:
+        raise
+    except BaseException:
+        _leave_pool()
+        raise
 
 
 class Fibre(greenlet):
@@ -115,6 +126,7 @@ class Fibre(greenlet):
     frees_wait_ctx: whether the wait context of `job` is the job's own.
     attach: how the job's event loop is made ready for a wait context; None where a
         hand-written loop drives the job.
+    running: whether its job runs: its driver has switched to it, and it has not come back.
     paused_in: the foreign greenlet inside the job that paused it, to be resumed.
     """
 
@@ -141,6 +153,7 @@ class Fibre(greenlet):
         self.job: Job | None = None
         self.frees_wait_ctx = False
         self.attach: Callable[[WaitCtx], None] | None = None
+        self.running = False
         self.paused_in: greenlet | None = None
         # SQLAlchemy looks for this on the current greenlet, and if it is true
         # switches to its parent with an awaitable: for the driver to await.
@@ -184,8 +197,6 @@ class Pool:
 
     home: the greenlet that drivers usually run in: the thread's main greenlet, or the one
         that `run` made for the event loop. Idle fibres always have it as their parent.
-    running: the fibre whose job runs now, if any. "In a job" means to be in this fibre, or
-        in a greenlet that descends from it.
     take: pops an idle fibre; `IndexError` when there is none.
     give: takes a fibre back whose job has ended.
     """
@@ -204,7 +215,6 @@ class Pool:
         "home",
         "home_switch",
         "max_size",
-        "running",
         "take",
         "thread",
     )
@@ -217,7 +227,6 @@ class Pool:
         self._main = self.home = _main_greenlet()
         self.home_switch: Callable[..., Any] = self.home.switch
         self.max_size = UNLIMITED
-        self.running: Fibre | None = None
         self._fibres: set[Fibre] = set()
         self._idle: list[Fibre] = []
         self._reserve: list[Fibre] = []
@@ -319,6 +328,13 @@ class Pool:
         self.give = self._idle.append
         self._idle.append(fibre)
 
+    def withdraw(self, fibre: Fibre) -> None:
+        """Give up an idle fibre."""
+        self._fibres.discard(fibre)
+        for idle in (self._idle, self._reserve):
+            if fibre in idle:
+                idle.remove(fibre)
+
     def forget(self, fibre: Fibre) -> None:
         """Give up a fibre that did not come back from its job; its place is free again."""
         self._fibres.discard(fibre)
@@ -393,6 +409,18 @@ class Pool:
         self._idle.clear()
         self._reserve.clear()
         self.give = _drop
+
+
+def _leave_pool() -> None:
+    """End the current fibre, idle as it is: a stranger's exception came to it.
+
+    Whoever made a greenlet inside a job made the job's fibre its parent, and what the greenlet
+    sends or raises later comes to the fibre, though another job may have it by then or none.
+    While the fibre is idle it passes all that on to where drivers are. (SQLAlchemy's bridge does
+    this, in an eager task that a job begins.)
+    """
+    fibre: Fibre = getcurrent()  # type: ignore[assignment]
+    fibre.pool.withdraw(fibre)
 
 
 def _drop(fibre: Fibre) -> None:
@@ -486,12 +514,9 @@ def current_fibre() -> Fibre | None:
     wrong for a greenlet of a paused job that others switched to.
     """
     current: greenlet | None = getcurrent()
-    if type(current) is Fibre:
-        current.pool.running = current  # greenback resumes it behind its driver's back
-        return current
     while current is not None:
         if type(current) is Fibre:
-            return current if current.pool.running is current else None
+            return current if current.running else None
         current = current.parent
     return None
 

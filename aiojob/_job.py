@@ -6,8 +6,8 @@ follows from where the fibre is::
     state      the fibre is                        events, and the state that follows
     ---------  ----------------------------------  ------------------------------------------
     idle       in its pool                         begin -> running
-    running    its pool's `running`                pause -> paused, end -> finished
-    paused     neither of both                     resume, throw -> running, unwind -> finished
+    running    switched to by its driver           pause -> paused, end -> finished
+    paused     neither of these                    resume, throw -> running, unwind -> finished
     finished   back in its pool (or given up)      none
 
 The transitions are the functions `begin`, `resume`, `throw`, `unwind` and `finish`. Both kinds
@@ -120,7 +120,7 @@ class Job:
         """`JobStatus.RUNNING`, `JobStatus.PAUSE` or `JobStatus.FINISH`."""
         if self._fibre is None:
             return JobStatus.FINISH
-        return JobStatus.RUNNING if self._pool.running is self._fibre else JobStatus.PAUSE
+        return JobStatus.RUNNING if self._fibre.running else JobStatus.PAUSE
 
     @property
     def func(self) -> Callable[..., Any]:
@@ -178,31 +178,27 @@ def begin(
     fibre: Fibre, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Start a job on a fibre that was prepared for it."""
-    pool = fibre.pool
-    pool.running = fibre
+    fibre.running = True
     reply = fibre.switch(func, args, kwargs)
-    pool.running = None
+    fibre.running = False
     return reply
 
 
 def resume(fibre: Fibre, value: Any) -> Any:
     """Let a paused job go on; its pause returns `value`."""
-    pool = fibre.pool
     target = _paused_greenlet(fibre)
-    pool.running = fibre
+    fibre.running = True
     reply = target.switch(value)
-    pool.running = None
+    fibre.running = False
     return reply
 
 
 def throw(fibre: Fibre, error: BaseException) -> Any:
     """Let a paused job go on; its pause raises `error`."""
-    pool = fibre.pool
     target = _paused_greenlet(fibre)
-    outer = pool.running  # not None where a job that is being unwound interrupts another
-    pool.running = fibre
+    fibre.running = True
     reply = target.throw(type(error), error, error.__traceback__)
-    pool.running = outer
+    fibre.running = False
     return reply
 
 
@@ -521,7 +517,7 @@ def _resume_job(job: Job) -> StartResult[Any]:
         )
     if fibre is None:
         raise JobError(f"{job!r} has finished: pass None to start a new job")
-    if job._pool.running is fibre:
+    if fibre.running:
         raise JobError(f"{job!r} is running: only a paused job can be resumed")
     if fibre.attach is not None:
         raise JobError(f"{job!r} is driven by run_job(), which resumes it by itself")

@@ -81,10 +81,9 @@ async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) ->
         driver = getcurrent()
     # This is `begin`, whose frame would be in the way: from Python 3.12 on, greenlet walks
     # all frames between the two ends of a switch.
-    pool = fibre.pool
-    pool.running = fibre
+    fibre.running = True
     reply = fibre.switch(func, args, kwargs)
-    pool.running = None
+    fibre.running = False
     if reply is fibre.port:
         return finish(fibre)  # type: ignore[no-any-return]
     return await _drive(fibre, driver, reply)  # type: ignore[no-any-return]
@@ -145,7 +144,7 @@ async def _wait_for_fibre(pool: Pool) -> Fibre:
 
 async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
     """Resume a job, from its first pause on to its end."""
-    port, pool = fibre.port, fibre.pool
+    port = fibre.port
     while reply is not port:
         try:
             if reply is PAUSE:
@@ -160,9 +159,9 @@ async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
             if getcurrent() is not driver:
                 driver = _follow_driver(fibre)
             if fibre.paused_in is None:  # this is `resume`, without its frame
-                pool.running = fibre
+                fibre.running = True
                 reply = fibre.switch(value)
-                pool.running = None
+                fibre.running = False
             else:
                 reply = resume(fibre, value)
             value = None  # the job's by now: it is not to be kept until the next pause ends

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -421,6 +423,34 @@ async def test_cancel_reaches_a_job_through_sqlalchemys_greenlet() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert unwound == [("job", "cleaned up"), ("greenlet", "cleaned up")]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+def test_sqlalchemys_greenlet_in_an_eager_task_begun_in_a_job_spoils_no_other_job() -> None:
+    bridged: list[asyncio.Task[None]] = []
+
+    def wait_twice() -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(2):
+            future = loop.create_future()
+            loop.call_soon(future.set_result, None)
+            await_only(future)
+
+    def job() -> None:
+        # Its first step runs in the job, whose fibre SQLAlchemy then takes for its driver, for
+        # good. That breaks the task, and would without aiojob.
+        task: Any = asyncio.Task
+        loop = asyncio.get_running_loop()
+        bridged.append(task(greenlet_spawn(wait_twice), loop=loop, eager_start=True))
+
+    async def main() -> list[Place]:
+        await run_job(job)
+        await asyncio.wait(bridged)
+        bridged[0].exception()
+        return [await run_job(place) for _ in range(2)]
+
+    with ThreadPoolExecutor(1) as thread:  # a pool of jobs of its own, for other tests' sake
+        assert thread.submit(asyncio.run, main()).result() == [IN_JOB, IN_JOB]
 
 
 # -- greenback's greenlets
