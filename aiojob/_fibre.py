@@ -49,7 +49,7 @@ __all__ = [
     "take_idle",
 ]
 
-CAPABLE: Final[bool] = GREENLET_USE_CONTEXT_VARS
+CAPABLE: Final = bool(GREENLET_USE_CONTEXT_VARS)
 """Whether greenlets can carry what a job needs, their own contextvars among it."""
 
 logger = logging.getLogger("aiojob")
@@ -60,12 +60,7 @@ KEPT: Final = 64
 """So many idle fibres are kept for good; each holds about 8 KB."""
 
 
-class _Pause:
-    def __repr__(self) -> str:
-        return "<PAUSE>"
-
-
-PAUSE: Final = _Pause()
+PAUSE: Final = object()
 """What `pause_job` sends the driver; anything else that arrives is to be awaited."""
 
 
@@ -197,6 +192,7 @@ class Pool:
 
     home: the greenlet that drivers usually run in: the thread's main greenlet, or the one
         that `run` made for the event loop. Idle fibres always have it as their parent.
+    thread: the thread, None where `threading` does not know it.
     take: pops an idle fibre; `IndexError` when there is none.
     give: takes a fibre back whose job has ended.
     """
@@ -223,7 +219,9 @@ class Pool:
     give: Callable[[Fibre], object]
 
     def __init__(self) -> None:
-        self.thread = threading.current_thread()
+        # Not current_thread(), which makes a dummy for a thread that has all but ended.
+        ident = threading.get_ident()
+        self.thread = next((one for one in threading.enumerate() if one.ident == ident), None)
         self._main = self.home = _main_greenlet()
         self.home_switch: Callable[..., Any] = self.home.switch
         self.max_size = UNLIMITED

@@ -146,13 +146,17 @@ class Job:
         return ctx
 
     @property
-    def thread(self) -> threading.Thread:
-        """The thread that started the job, and the only one that may resume it."""
+    def thread(self) -> threading.Thread | None:
+        """The thread that started the job, and the only one that may resume it.
+
+        None for one that `threading` does not know.
+        """
         return self._pool.thread
 
     def __repr__(self) -> str:
         name = getattr(self._func, "__qualname__", None) or repr(self._func)
-        return f"<Job {self.status.name} {name} in {self.thread.name} on {self._wait_ctx!r}>"
+        thread = "an unknown thread" if self.thread is None else self.thread.name
+        return f"<Job {self.status.name} {name} in {thread} on {self._wait_ctx!r}>"
 
     def __del__(self) -> None:
         # Only a hand-driven job that is paused gets here with its fibre: in every other state

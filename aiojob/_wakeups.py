@@ -265,9 +265,7 @@ class Hub:
             except IndexError:
                 return
             waker.wake()
-        if not self._scheduled:
-            self._scheduled = True
-            get_running_loop().call_soon(self._drain)
+        get_running_loop().call_soon(self._drain)
 
     # -- the size of the pool
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
-import awaitlet
+import awaitlet  # type: ignore[import-untyped]
 import greenback
 from greenlet import getcurrent, greenlet
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -127,9 +127,7 @@ def woken_by_callback(count: int) -> None:
     ctx = aiojob.get_wait_ctx()
     ctx.status = aiojob.WaitStatus.OK
     for _ in range(count):
-        entry = ctx.get_callback()
-        assert entry is not None
-        call_soon(*entry)
+        call_soon(*(ctx.get_callback() or ()))
         aiojob.pause_job()
 
 

@@ -65,7 +65,7 @@ def open_fds() -> set[int]:
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves an fd, a thread or a live job behind."""
-    aiojob.cleanup_thread()
+    _fibre._local.__dict__.clear()  # a pool of its own, whatever a failed test left in the last one
     fds, threads = open_fds(), set(threading.enumerate())
     yield
     if hasattr(request.node, "rep_call") and request.node.rep_call.failed:

@@ -1,0 +1,345 @@
+"""The pool of fibres: trimming, fibres that are lost, and what reaches an idle one."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import os
+import socket
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import greenlet
+import pytest
+
+from aiojob import (
+    CannotPauseError,
+    Job,
+    JobError,
+    JobStatus,
+    WaitFdError,
+    _fibre,
+    _wakeups,
+    await_,
+    block_pause,
+    can_pause,
+    get_wait_ctx,
+    init_thread,
+    pause_job,
+    run_job,
+    start_job,
+    unblock_pause,
+)
+
+
+async def at_the_same_time(number: int) -> None:
+    """Run so many jobs, all paused at a time."""
+    together = asyncio.Barrier(number)
+    await asyncio.gather(*(run_job(await_, together.wait()) for _ in range(number)))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def in_thread(func: Callable[[], object]) -> None:
+    thread = threading.Thread(target=func)
+    thread.start()
+    thread.join()
+
+
+# -- trimming
+
+
+@pytest.fixture
+def trim_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_wakeups, "TRIM_INTERVAL", 0)
+    monkeypatch.setattr(_wakeups, "TRIM_PAUSE", 0)
+    monkeypatch.setattr(_wakeups, "TRIM_AT_ONCE", 10)
+
+
+@pytest.mark.usefixtures("trim_at_once")
+async def test_fibres_that_no_job_needs_are_dropped_but_some() -> None:
+    pool = _fibre.pool_of_thread()
+    await at_the_same_time(200)
+    await until(lambda: pool.idle == _fibre.KEPT)
+    assert not pool.is_large
+    await at_the_same_time(100)
+    await until(lambda: pool.idle == _fibre.KEPT)
+
+
+@pytest.mark.usefixtures("trim_at_once")
+async def test_fibres_that_init_thread_asked_for_are_kept() -> None:
+    init_thread(0, 100)
+    pool = _fibre.pool_of_thread()
+    assert pool.idle == 100
+    await at_the_same_time(200)
+    await until(lambda: pool.idle == 100)
+
+
+async def test_small_pool_is_not_trimmed() -> None:
+    await at_the_same_time(_fibre.KEPT)
+    assert not _wakeups.current_hub()._trims
+
+
+async def test_reserve_is_used_before_new_fibres_are_made() -> None:
+    pool = _fibre.pool_of_thread()
+    await at_the_same_time(100)
+    pool.renew_reserve()
+    made = set(pool._fibres)
+    assert len(pool._reserve) == 100 - _fibre.KEPT
+    await at_the_same_time(100)
+    assert pool._fibres == made
+
+
+def test_smaller_limit_drops_idle_fibres() -> None:
+    init_thread(0, 10)
+    init_thread(3)
+    assert _fibre.pool_of_thread().idle == 3
+
+
+# -- fibres that are lost
+
+
+def stray() -> None:
+    """Leave a job in a way that no driver expects, when it is closed."""
+    try:
+        pause_job()
+    except GeneratorExit:
+        parent = greenlet.getcurrent().parent
+        assert parent is not None
+        parent.switch("stray")
+
+
+async def test_job_that_leaves_its_close_by_a_switch_is_given_up() -> None:
+    init_thread(1)
+    coroutine = run_job(stray)
+    coroutine.send(None)
+    lost = weakref.ref(next(iter(_fibre.pool_of_thread()._fibres)))
+    with pytest.raises(JobError, match="did not end when it was closed"):
+        coroutine.close()
+    gc.collect()
+    assert lost() is None
+    assert await run_job(len, "abc") == 3
+
+
+async def test_waiter_gets_the_place_of_a_job_that_is_given_up() -> None:
+    init_thread(1)
+    coroutine = run_job(stray)
+    coroutine.send(None)
+    waiter = asyncio.create_task(run_job(len, "abc"))
+    await until(lambda: _fibre.pool_of_thread().waiters == 1)
+    with pytest.raises(JobError, match="did not end when it was closed"):
+        coroutine.close()
+    assert await waiter == 3
+
+
+def test_error_of_a_job_that_another_thread_dropped_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def work() -> None:
+        try:
+            pause_job()
+        finally:
+            raise LookupError("in the cleanup")
+
+    jobs = [start_job(None, None, work).job]
+    in_thread(jobs.clear)
+    assert caplog.records == []
+    assert start_job(None, None, len, "abc").ret == 3
+    assert [record.name for record in caplog.records] == ["aiojob"]
+    assert "in the cleanup" in caplog.text
+
+
+async def test_waiter_offered_a_fibre_and_closed_by_another_thread_gives_it_back() -> None:
+    init_thread(1)
+    gate = asyncio.Event()
+    holder = asyncio.create_task(run_job(await_, gate.wait()))
+    pool = _fibre.pool_of_thread()
+    await until(lambda: pool.outstanding == 1)
+    waiting = run_job(len, "abc")
+    future = waiting.send(None)
+    gate.set()
+    await holder
+    assert future is not None
+    assert pool.idle == 0
+    in_thread(waiting.close)
+    assert await run_job(len, "abcd") == 4
+
+
+def test_waiter_on_a_closed_loop_is_passed_over(loop_factory: Callable[[], Any]) -> None:
+    init_thread(1)
+    handles: list[Job | None] = [start_job(None, None, pause_job).job]
+    loop = loop_factory()
+
+    async def wait() -> Any:
+        waiting = run_job(len, "abc")
+        waiting.send(None)
+        return waiting
+
+    waiting = loop.run_until_complete(wait())
+    loop.close()
+    in_thread(handles.clear)
+    assert start_job(None, None, len, "abc").ret == 3
+    waiting.close()
+
+
+def test_nothing_is_posted_when_greenlets_cannot_switch_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shut_down() -> None:
+        raise RuntimeError("greenlet is being finalized")
+
+    pool = _fibre.pool_of_thread()
+    with monkeypatch.context() as patch:
+        patch.setattr(_fibre, "getcurrent", shut_down)
+        assert not pool.is_here
+        pool.post(lambda: pytest.fail("was called"))
+    pool.do_posted()
+
+
+# -- what reaches an idle fibre
+
+
+def test_greenlet_of_an_ended_job_passes_values_and_errors_through_the_idle_fibre() -> None:
+    greenlets: list[greenlet.greenlet] = []
+
+    def inner() -> None:
+        parent = greenlet.getcurrent().parent
+        assert parent is not None
+        assert parent.switch("a value") == "an answer"
+        raise LookupError
+
+    def work() -> None:
+        greenlets.append(greenlet.greenlet(inner))
+
+    start_job(None, None, work)
+    pool = _fibre.pool_of_thread()
+    assert pool.idle == 1
+    assert greenlets[0].switch() == "a value"
+    assert pool.idle == 1
+    with pytest.raises(LookupError):
+        greenlets[0].switch("an answer")
+    assert pool.idle == 0  # that ended the fibre
+    assert start_job(None, None, len, "abc").ret == 3
+
+
+# -- closing
+
+
+async def test_job_that_is_being_closed_cannot_pause_whatever_it_blocks() -> None:
+    seen: list[object] = []
+
+    def work() -> None:
+        try:
+            pause_job()
+        finally:
+            block_pause()
+            unblock_pause()
+            seen.append(can_pause())
+            with pytest.raises(CannotPauseError, match="being closed"):
+                pause_job()
+
+    coroutine = run_job(work)
+    coroutine.send(None)
+    coroutine.close()
+    assert seen == [False]
+
+
+# -- readers
+
+
+@pytest.mark.asyncio(loop_factories=["asyncio"])  # uvloop refuses such a transport by itself
+async def test_fd_closed_and_taken_by_a_transport_is_left_to_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "aiojob")
+    loop = asyncio.get_running_loop()
+    socks: list[socket.socket] = []
+
+    async def connect() -> asyncio.StreamWriter:
+        _, writer = await asyncio.open_connection(sock=socks[0])
+        return writer
+
+    def work() -> asyncio.StreamWriter:
+        reader, writer = os.pipe()
+        get_wait_ctx().set_wait_fd("key", reader)
+        loop.call_soon(os.write, writer, b"x")
+        pause_job()
+        os.close(reader)
+        socks.extend(socket.socketpair())
+        if socks[0].fileno() != reader:
+            os.dup2(socks[0].fileno(), reader)
+            socks[0].close()
+            socks[0] = socket.socket(fileno=reader)
+        os.close(writer)
+        return await_(connect())
+
+    writer = await run_job(work)
+    writer.close()
+    await writer.wait_closed()
+    socks[1].close()
+
+
+class LoopWithoutReaders(asyncio.SelectorEventLoop):
+    """What a loop is like that cannot watch fds, or not now."""
+
+    error: Exception = NotImplementedError()
+
+    def add_reader(self, fd: Any, callback: Any, *args: Any) -> NoReturn:  # type: ignore[override]
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "message"),
+    [
+        (NotImplementedError(), errno.ENOTSUP, "use the wait context's callback"),
+        (OSError(errno.ENOSPC, "no space"), errno.ENOSPC, "no space"),
+    ],
+)
+def test_loop_that_cannot_watch_an_fd_raises_at_the_pause(
+    error: Exception, number: int, message: str
+) -> None:
+    def work() -> str:
+        reader, writer = os.pipe()
+        get_wait_ctx().set_wait_fd("key", reader)
+        with pytest.raises(WaitFdError, match=message) as raised:
+            pause_job()
+        os.close(reader)
+        os.close(writer)
+        assert raised.value.errno == number
+        return "went on"
+
+    with asyncio.Runner(loop_factory=LoopWithoutReaders) as runner:
+        runner.get_loop().error = error  # type: ignore[attr-defined]
+        assert runner.run(run_job(work)) == "went on"
+
+
+async def test_completions_that_follow_each_other_let_the_loop_serve_others() -> None:
+    hub = _wakeups.current_hub()
+    turns: list[int] = []
+
+    class Chained(_wakeups.Waker):
+        __slots__ = ()
+
+        def wake(self) -> None:
+            if len(turns) < 100:
+                turns.append(served)
+                hub.post(Chained(hub))
+
+    served = 0
+    hub.post(Chained(hub))
+    while len(turns) < 100:
+        await asyncio.sleep(0)
+        served += 1
+    assert len(set(turns)) > 2
+
+
+def test_no_job_runs_where_none_was_started() -> None:
+    assert not can_pause()
+    assert start_job(None, None, can_pause) == (JobStatus.FINISH, None, True)
