@@ -68,19 +68,22 @@ class Port:
     """What the bottom frame of a fibre shares with its driver.
 
     home: where the end of a job goes: the bound ``switch`` of the driver's greenlet.
+    running: whether a job runs: its driver has switched to it, and it has not come back.
     func: the function of the job, None while the fibre is idle.
     value, error: how the job ended, until the driver takes it.
     """
 
-    __slots__ = ("error", "func", "home", "value")
+    __slots__ = ("error", "func", "home", "running", "value")
 
     home: Callable[..., Any]
+    running: bool
     func: Callable[..., Any] | None
     value: Any
     error: BaseException | None
 
     def __init__(self, home: Callable[..., Any]) -> None:
         self.home = home
+        self.running = False
         self.func = self.value = self.error = None
 
 
@@ -90,7 +93,7 @@ def _serve(port: Port) -> None:
         while True:
             # The names are unbound while the fibre waits here, so that it keeps nothing of a job.
             message = port.home(port)
-            while type(message) is not tuple:  # see _leave_pool
+            while not port.running:  # see _leave_pool
                 message = port.home(message)
             port.func, args, kwargs = message
             del message
@@ -121,7 +124,6 @@ class Fibre(greenlet):
     frees_wait_ctx: whether the wait context of `job` is the job's own.
     attach: how the job's event loop is made ready for a wait context; None where a
         hand-written loop drives the job.
-    running: whether its job runs: its driver has switched to it, and it has not come back.
     paused_in: the foreign greenlet inside the job that paused it, to be resumed.
     """
 
@@ -148,7 +150,6 @@ class Fibre(greenlet):
         self.job: Job | None = None
         self.frees_wait_ctx = False
         self.attach: Callable[[WaitCtx], None] | None = None
-        self.running = False
         self.paused_in: greenlet | None = None
         # SQLAlchemy looks for this on the current greenlet, and if it is true
         # switches to its parent with an awaitable: for the driver to await.
@@ -200,6 +201,7 @@ class Pool:
     __slots__ = (
         "__weakref__",
         "_closed",
+        "_closing",
         "_fibres",
         "_idle",
         "_inbox",
@@ -232,6 +234,7 @@ class Pool:
         self._inbox: deque[Callable[[], object]] = deque()
         self._kept = KEPT
         self._closed = False
+        self._closing = threading.RLock()  # the garbage collector may post in the middle of post
         self.take = self._idle.pop
         self.give = self._idle.append
 
@@ -348,11 +351,12 @@ class Pool:
         If somebody waits for a fibre, then soon. Any thread may call this. After the end of the
         pool's thread, or the interpreter's, nothing happens.
         """
-        if self._closed or is_shut_down():
-            return
         # Append before anything else: the owner restores `take`, then empties the inbox; and a
         # waiter enters the queue, then looks at the inbox.
-        self._inbox.append(action)
+        with self._closing:
+            if self._closed or is_shut_down():
+                return
+            self._inbox.append(action)
         self.take = self._take_after_inbox
         for waiter in self._waiters.copy():
             if waiter.call_soon_threadsafe(self.do_posted):
@@ -402,7 +406,11 @@ class Pool:
     def close(self) -> None:
         """End the idle fibres: the thread is ending."""
         self.do_posted()
-        self._closed = True
+        with self._closing:
+            self._closed = True
+        self.do_posted()  # what was posted in between; nothing comes any more
+        for fibre in (*self._idle, *self._reserve):
+            fibre.throw()  # now: a traceback may hold it for longer than its thread lives
         self._fibres.clear()
         self._idle.clear()
         self._reserve.clear()
@@ -514,7 +522,7 @@ def current_fibre() -> Fibre | None:
     current: greenlet | None = getcurrent()
     while current is not None:
         if type(current) is Fibre:
-            return current if current.running else None
+            return current if current.port.running else None
         current = current.parent
     return None
 

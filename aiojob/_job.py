@@ -120,7 +120,7 @@ class Job:
         """`JobStatus.RUNNING`, `JobStatus.PAUSE` or `JobStatus.FINISH`."""
         if self._fibre is None:
             return JobStatus.FINISH
-        return JobStatus.RUNNING if self._fibre.running else JobStatus.PAUSE
+        return JobStatus.RUNNING if self._fibre.port.running else JobStatus.PAUSE
 
     @property
     def func(self) -> Callable[..., Any]:
@@ -133,16 +133,23 @@ class Job:
 
         Raises:
             JobError: The job has finished and never had one.
+            WrongThreadError: It has none yet, and this is not the job's thread.
         """
-        ctx = self._wait_ctx
-        if ctx is None:
-            if self._fibre is None:
-                raise JobError(f"{self!r} has finished and has no wait context")
-            ctx = WaitCtx()
-            ctx._in_use = True
-            self._wait_ctx = ctx
-            if self._fibre.attach is not None:
-                self._fibre.attach(ctx)
+        if self._wait_ctx is None:
+            self._wait_ctx = self._new_wait_ctx()
+        return self._wait_ctx
+
+    def _new_wait_ctx(self) -> WaitCtx:
+        if self._fibre is None:
+            raise JobError(f"{self!r} has finished and has no wait context")
+        if not self._pool.is_here:
+            raise WrongThreadError(
+                f"{self!r} has no wait context yet: ask for it first in the job's own thread"
+            )
+        ctx = WaitCtx()
+        if self._fibre.attach is not None:
+            self._fibre.attach(ctx)
+        ctx._in_use = True
         return ctx
 
     @property
@@ -182,27 +189,43 @@ def begin(
     fibre: Fibre, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Start a job on a fibre that was prepared for it."""
-    fibre.running = True
-    reply = fibre.switch(func, args, kwargs)
-    fibre.running = False
+    port = fibre.port
+    port.running = True
+    try:
+        reply = fibre.switch(func, args, kwargs)
+    except BaseException as error:
+        return throw(fibre, error)
+    port.running = False
     return reply
 
 
 def resume(fibre: Fibre, value: Any) -> Any:
     """Let a paused job go on; its pause returns `value`."""
     target = _paused_greenlet(fibre)
-    fibre.running = True
-    reply = target.switch(value)
-    fibre.running = False
+    fibre.port.running = True
+    try:
+        reply = target.switch(value)
+    except BaseException as error:
+        return throw(fibre, error)
+    fibre.port.running = False
     return reply
 
 
 def throw(fibre: Fibre, error: BaseException) -> Any:
-    """Let a paused job go on; its pause raises `error`."""
+    """Let a job go on that has not ended; where it waits, it raises `error`.
+
+    That is usually its pause. It may also be a switch to a greenlet that is not the job's own,
+    but a child of the driver: what such a one raises comes to the driver, though the job still
+    runs. The job gets it.
+    """
     target = _paused_greenlet(fibre)
-    fibre.running = True
-    reply = target.throw(type(error), error, error.__traceback__)
-    fibre.running = False
+    fibre.port.running = True
+    try:
+        reply = target.throw(type(error), error, error.__traceback__)
+    except BaseException:
+        _give_up(fibre)
+        raise
+    fibre.port.running = False
     return reply
 
 
@@ -226,8 +249,7 @@ def unwind(fibre: Fibre) -> Any:
     fibre.__sqlalchemy_greenlet_provider__ = False
     reply = throw(fibre, GeneratorExit())
     if reply is not port:
-        _detach(fibre)
-        fibre.pool.forget(fibre)
+        _give_up(fibre)
         raise JobError(
             "the job did not end when it was closed: something in it switched greenlets instead; "
             "its fibre is given up"
@@ -264,6 +286,13 @@ def _give_back(fibre: Fibre) -> None:
     pool.give(fibre)
     if own_ctx is not None:
         own_ctx.free()
+
+
+def _give_up(fibre: Fibre) -> None:
+    """Part with a fibre that nobody can tell any more where it is."""
+    fibre.port.running = False
+    _detach(fibre)
+    fibre.pool.forget(fibre)
 
 
 def _detach(fibre: Fibre) -> WaitCtx | None:
@@ -359,14 +388,29 @@ def pause_nested(request: Any) -> Any:
 
 
 def is_capable() -> bool:
-    """Return whether jobs can pause here (``ASYNC_is_capable``)."""
+    """Return whether jobs can pause here (``ASYNC_is_capable``).
+
+    >>> is_capable()
+    True
+    """
     return CAPABLE
 
 
 def init_thread(max_size: int = 0, init_size: int = 0) -> None:
     """Set up this thread's pool of jobs (``ASYNC_init_thread``).
 
-    A thread that never calls this has a pool without limit. Call it again to change the pool.
+    A thread that never calls this has a pool without limit. Call it again to change the pool;
+    each thread has one of its own.
+
+    >>> init_thread(max_size=1)
+    >>> with WaitCtx() as ctx, WaitCtx() as other:
+    ...     _, job, _ = start_job(None, ctx, pause_job)
+    ...     start_job(None, other, len, "abc").status.name, start_job(job, ctx).status.name
+    ('NO_JOBS', 'FINISH')
+    >>> init_thread()
+
+    A job that awaits another one (``await_(run_job(...))``) needs two: with a limit of one, it
+    would wait for itself.
 
     Args:
         max_size: How many jobs may be under way at a time, 0 for no limit. When they are,
@@ -391,7 +435,9 @@ def cleanup_thread() -> None:
     """Free this thread's pool of jobs (``ASYNC_cleanup_thread``).
 
     It happens by itself when the thread ends. A job started later makes a new pool, without
-    limit.
+    limit. (In an event loop, what a burst of jobs leaves idle is freed by and by.)
+
+    >>> cleanup_thread()
 
     Raises:
         JobError: Jobs of this thread have not finished; nothing was changed.
@@ -469,6 +515,7 @@ def start_job(
             copied: pass ``bytes(buffer)`` if the buffer may change meanwhile.
 
     Raises:
+        TypeError: `func` is not callable, or `job` or `wait_ctx` is something else.
         WrongThreadError: The job was started by another thread.
         JobError: The job has finished or is running, a job is running in this thread, the
             context is in use or was freed, or `run_job` drives the job. Everything is as before.
@@ -521,7 +568,7 @@ def _resume_job(job: Job) -> StartResult[Any]:
         )
     if fibre is None:
         raise JobError(f"{job!r} has finished: pass None to start a new job")
-    if fibre.running:
+    if fibre.port.running:
         raise JobError(f"{job!r} is running: only a paused job can be resumed")
     if fibre.attach is not None:
         raise JobError(f"{job!r} is driven by run_job(), which resumes it by itself")
@@ -534,6 +581,8 @@ def _resume_job(job: Job) -> StartResult[Any]:
 
 
 def _result(fibre: Fibre, job: Job, reply: Any) -> StartResult[Any]:
+    while reply is not PAUSE and reply is not fibre.port:
+        reply = throw(fibre, JobError(f"another greenlet sent {reply!r} to the driver of {job!r}"))
     if reply is PAUSE:
         fibre.job = None
         return StartResult(JobStatus.PAUSE, job, None)
@@ -549,7 +598,13 @@ def pause_job() -> None:
         while not operation.done:
             pause_job()
 
-    Cancelling the task that awaits the job raises `asyncio.CancelledError` here.
+    Cancelling the task that awaits the job raises `asyncio.CancelledError` here. Any thread may
+    call this; it concerns the job that it runs.
+
+    >>> with WaitCtx() as ctx:
+    ...     status, job, _ = start_job(None, ctx, pause_job)
+    ...     status.name, start_job(job, ctx).status.name
+    ('PAUSE', 'FINISH')
 
     Raises:
         EngineError: Under `run_job`, the wait context's status is `WaitStatus.ERR`.
@@ -564,7 +619,11 @@ def pause_job() -> None:
 
 
 def can_pause() -> bool:
-    """Return whether `pause_job` would pause here: in a job, and not blocked."""
+    """Return whether `pause_job` would pause here: in a job, and not blocked.
+
+    >>> can_pause(), start_job(None, None, can_pause).ret
+    (False, True)
+    """
     fibre = current_fibre()
     return fibre is not None and fibre.way_back not in (_stay, _refuse_closing)
 
@@ -574,6 +633,9 @@ def get_current_job() -> Job | None:
 
     A job that keeps the handle in its own frames holds itself: dropping all other references
     does not unwind it.
+
+    >>> get_current_job(), start_job(None, None, get_current_job).ret
+    (None, <Job FINISH get_current_job in MainThread on None>)
     """
     fibre = current_fibre()
     return None if fibre is None else job_of(fibre)
@@ -590,9 +652,14 @@ def job_of(fibre: Fibre) -> Job:
 def get_wait_ctx(job: Job | None = None) -> WaitCtx:
     """Return the wait context of a job, or of the running one (``ASYNC_get_wait_ctx``).
 
+    >>> with WaitCtx() as ctx:
+    ...     start_job(None, ctx, get_wait_ctx).ret is ctx
+    True
+
     Raises:
         JobError: No job was passed and none is running, or the job has finished and never
             had a wait context.
+        WrongThreadError: It has none yet, and this is not the job's thread.
     """
     if job is None:
         job = get_current_job()
@@ -606,6 +673,13 @@ def block_pause() -> None:
 
     Blocks nest. Use it while you hold a lock that whoever runs meanwhile may want as well;
     `pause_blocked` is the same as a ``with`` statement. No effect outside a job.
+
+    >>> def work():
+    ...     block_pause()
+    ...     pause_job()
+    ...     unblock_pause()
+    >>> start_job(None, None, work).status.name
+    'FINISH'
     """
     fibre = current_fibre()
     if fibre is not None:
@@ -616,7 +690,7 @@ def block_pause() -> None:
 def unblock_pause() -> None:
     """Undo one `block_pause` (``ASYNC_unblock_pause``).
 
-    One too many is ignored, as is one outside a job.
+    One too many is ignored, as is one outside a job. For an example see `block_pause`.
     """
     fibre = current_fibre()
     if fibre is not None and fibre.job is not None and fibre.job._blocks:
@@ -628,9 +702,12 @@ def unblock_pause() -> None:
 def pause_blocked() -> Iterator[None]:
     """Keep the running job from pausing inside a ``with`` statement.
 
-    >>> with pause_blocked():
-    ...     can_pause()
-    False
+    >>> def work():
+    ...     with pause_blocked():
+    ...         inside = can_pause()
+    ...     return inside, can_pause()
+    >>> start_job(None, None, work).ret
+    (False, True)
     """
     block_pause()
     try:

@@ -66,12 +66,13 @@ async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) ->
     clean up, pause again while it does, and swallow it, as a coroutine may. Closing the
     coroutine raises `GeneratorExit` there, and the job cannot pause any more.
 
-    Threads: a job stays in the thread of its event loop.
+    Threads: a job stays in the thread of its event loop; await it there.
 
     Stands for the loop around ``ASYNC_start_job`` in OpenSSL's applications.
 
     Raises:
-        BaseException: What `func` raises, with the traceback into the job's frames.
+        BaseException: What `func` raises, with the traceback into the job's frames. As from any
+            coroutine, a `StopIteration` comes as a `RuntimeError`.
         JobError: Awaited by hand inside a running job: there, call `func` directly.
     """
     driver = getcurrent()
@@ -81,10 +82,14 @@ async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) ->
         driver = getcurrent()
     # This is `begin`, whose frame would be in the way: from Python 3.12 on, greenlet walks
     # all frames between the two ends of a switch.
-    fibre.running = True
-    reply = fibre.switch(func, args, kwargs)
-    fibre.running = False
-    if reply is fibre.port:
+    port = fibre.port
+    port.running = True
+    try:
+        reply = fibre.switch(func, args, kwargs)
+    except BaseException as error:
+        reply = throw(fibre, error)
+    port.running = False
+    if reply is port:
         return finish(fibre)  # type: ignore[no-any-return]
     return await _drive(fibre, driver, reply)  # type: ignore[no-any-return]
 
@@ -159,15 +164,20 @@ async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
             if getcurrent() is not driver:
                 driver = _follow_driver(fibre)
             if fibre.paused_in is None:  # this is `resume`, without its frame
-                fibre.running = True
-                reply = fibre.switch(value)
-                fibre.running = False
+                port.running = True
+                try:
+                    reply = fibre.switch(value)
+                except BaseException as exc:
+                    reply = throw(fibre, exc)
+                port.running = False
             else:
                 reply = resume(fibre, value)
             value = None  # the job's by now: it is not to be kept until the next pause ends
             continue
         # Here and not in the except block, or what the job raises later would get `error`
         # as its __context__.
+        if reply is PAUSE:
+            _end_wait(fibre)
         if isinstance(error, GeneratorExit):
             del error
             return _close(fibre)
@@ -187,6 +197,12 @@ def _paused(fibre: Fibre) -> Awaitable[None] | None:
     if ctx._changed:
         ctx._forget_changes()
     return ctx._waker.pause(ctx)  # type: ignore[no-any-return]
+
+
+def _end_wait(fibre: Fibre) -> None:
+    """Have a wake-up that is still to come end the job's next pause instead of this one."""
+    if fibre.job is not None and fibre.job._wait_ctx is not None:
+        fibre.job._wait_ctx._waker.forget_pause()
 
 
 def _follow_driver(fibre: Fibre) -> greenlet:
@@ -224,7 +240,8 @@ def await_(awaitable: Awaitable[T], /) -> T:
     >>> asyncio.run(main())
     'slept'
 
-    Cancelling the task cancels what is awaited, as it would in a coroutine.
+    Cancelling the task cancels what is awaited, as it would in a coroutine. It is awaited in the
+    job's own thread and task.
 
     Raises:
         BaseException: What the awaitable raises.
@@ -242,22 +259,31 @@ class Session:
     """Several jobs, one after the other, on one wait context (a TLS connection, say).
 
     >>> import asyncio
+    >>> def engine():
+    ...     ctx = get_wait_ctx()
+    ...     if ctx.get_fd("engine") is None:
+    ...         ctx.set_wait_fd("engine", 7)
+    ...     return ctx.get_all_fds()
     >>> async def main():
     ...     async with Session() as session:
-    ...         await session.run_job(get_wait_ctx().set_wait_fd, "key", 7)
-    ...         return session.wait_ctx.get_all_fds()
+    ...         return [await session.run_job(engine) for _ in range(2)]
+    >>> asyncio.run(main())
+    [[7], [7]]
 
     Leaving the ``async with`` block frees the context, which calls the cleanup of each fd that
-    is left.
+    is left. If a job is still under way then, that is a `JobError`; if an exception leaves the
+    block, it goes on, and the job frees the context at its end. A session belongs to the thread
+    of its event loop.
     """
 
-    __slots__ = ("wait_ctx",)
+    __slots__ = ("_left", "wait_ctx")
 
     wait_ctx: WaitCtx
     """The wait context that all jobs of the session share."""
 
     def __init__(self) -> None:
         self.wait_ctx = WaitCtx()
+        self._left = False
 
     async def __aenter__(self) -> Self:
         self.wait_ctx.__enter__()
@@ -269,7 +295,10 @@ class Session:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.wait_ctx.free()
+        self._left = True
+        if exc is None or not self.wait_ctx._in_use:
+            self.wait_ctx.free()
+        # Otherwise the job that is under way frees it, and the body's exception goes on.
 
     async def run_job(self, func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a job on the session's wait context; otherwise the same as `aiojob.run_job`.
@@ -288,7 +317,11 @@ class Session:
             raise
         new_job(fibre, func, ctx)
         fibre.frees_wait_ctx = False
-        return await _drive(fibre, getcurrent(), begin(fibre, func, args, kwargs))  # type: ignore[no-any-return]
+        try:
+            return await _drive(fibre, getcurrent(), begin(fibre, func, args, kwargs))  # type: ignore[no-any-return]
+        finally:
+            if self._left:
+                ctx.free()
 
 
 def as_coroutine(func: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -301,6 +334,8 @@ def as_coroutine(func: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     ...     return f"hello, {name}"
     >>> asyncio.run(greet("world"))
     'hello, world'
+
+    Pauses, cancellation, threads and errors are those of `run_job`.
     """
 
     @functools.wraps(func)
@@ -326,8 +361,9 @@ async def iterate(iterable: Iterable[T], /) -> AsyncGenerator[T, None]:
     >>> asyncio.run(main())
     [0, 1, 2]
 
-    A generator is closed, in a job too, when the iteration ends or is closed; to have that
-    happen at once after a ``break``, use `contextlib.aclosing`.
+    Cancellation reaches the iterable at the pause it is in. A generator is closed, in a job too,
+    when the iteration ends or is closed; to have that happen at once after a ``break``, use
+    `contextlib.aclosing`.
     """
     iterator = await run_job(iter, iterable)
     try:

@@ -125,7 +125,8 @@ class WaitCtx:
         Args:
             key: Any value that is unique to the engine; compared with ``==``.
             fd: A descriptor that can be polled: a pipe, a socket, an eventfd. Call
-                `clear_fd` before you close it.
+                `clear_fd` before you close it. Under `run_job` the loop's reader for this fd
+                is aiojob's while the job waits: don't give it another with ``add_reader``.
             custom_data: Anything; `get_fd` returns it.
             cleanup: Called as ``cleanup(wait_ctx, key, fd, custom_data)`` by `free`, if the
                 entry has not been cleared by then. It usually closes the fd.
@@ -152,13 +153,31 @@ class WaitCtx:
         """Return ``(fd, custom_data)`` of the newest entry with this key, or None.
 
         Stands for ``ASYNC_WAIT_CTX_get_fd``.
+
+        >>> with WaitCtx() as ctx:
+        ...     ctx.set_wait_fd("key", 7, "data")
+        ...     ctx.get_fd("key"), ctx.get_fd("other")
+        ((7, 'data'), None)
+
+        Raises:
+            JobError: The context was freed.
         """
         self._check_not_freed()
         entry = self._find(key)
         return None if entry is None else (entry.fd, entry.custom_data)
 
     def get_all_fds(self) -> list[int]:
-        """Return every fd, newest first (``ASYNC_WAIT_CTX_get_all_fds``)."""
+        """Return every fd, newest first (``ASYNC_WAIT_CTX_get_all_fds``).
+
+        >>> with WaitCtx() as ctx:
+        ...     ctx.set_wait_fd("key", 7)
+        ...     ctx.set_wait_fd("other", 8)
+        ...     ctx.get_all_fds()
+        [8, 7]
+
+        Raises:
+            JobError: The context was freed.
+        """
         self._check_not_freed()
         return [entry.fd for entry in self._live()]
 
@@ -168,6 +187,16 @@ class WaitCtx:
         Stands for ``ASYNC_WAIT_CTX_get_changed_fds``. An fd that was added and cleared in
         between is in neither list. A loop of your own adds the ones and drops the others
         after each pause; `run_job` does that for you.
+
+        >>> with WaitCtx() as ctx:
+        ...     ctx.set_wait_fd("key", 7)
+        ...     ctx.set_wait_fd("other", 8)
+        ...     ctx.clear_fd("other")
+        ...     ctx.get_changed_fds()
+        ([7], [])
+
+        Raises:
+            JobError: The context was freed.
         """
         self._check_not_freed()
         added = [e.fd for e in reversed(self._entries) if e.added and not e.deleted]
@@ -202,6 +231,14 @@ class WaitCtx:
         the start; `run_job` does so. None unsets it. It must be short, must not block and
         is called from any thread.
 
+        >>> woken = []
+        >>> with WaitCtx() as ctx:
+        ...     ctx.set_callback(woken.append, "job 1")
+        ...     callback, arg = ctx.get_callback()  # an engine does this, and when it is done:
+        ...     callback(arg)
+        >>> woken
+        ['job 1']
+
         Raises:
             TypeError: `callback` is neither callable nor None.
             JobError: The context was freed.
@@ -222,6 +259,9 @@ class WaitCtx:
         pause ends that pause at once, one that comes after the job has finished does
         nothing. From a `signal.signal` handler or a ``__del__`` method, go through
         ``loop.call_soon_threadsafe(callback, arg)``.
+
+        Raises:
+            JobError: The context was freed.
         """
         if self._callback is None:
             self._check_not_freed()
@@ -245,6 +285,11 @@ class WaitCtx:
 
         Stands for ``ASYNC_WAIT_CTX_free``. Every cleanup is called, even if one raises.
         Freeing twice has no effect.
+
+        >>> ctx = WaitCtx()
+        >>> ctx.set_wait_fd("key", 7, None, lambda ctx, key, fd, data: print("close", fd))
+        >>> ctx.free()
+        close 7
 
         Raises:
             JobError: A job that has not finished is on the context.

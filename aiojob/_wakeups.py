@@ -19,7 +19,6 @@ from _thread import get_ident
 from asyncio import Future, get_running_loop
 from collections import deque
 from collections.abc import Awaitable, Generator
-from time import perf_counter
 from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
 
@@ -38,8 +37,6 @@ POLL_SHORTEST: Final = 100e-6
 POLL_LONGEST: Final = 20e-3
 POLL_BUSY_LONGEST: Final = 1e-3
 """For an engine that says EAGAIN."""
-WORK: Final = 50e-6
-"""A job that ran for so many seconds since it was resumed works, and is not just polling."""
 TRIM_INTERVAL: Final = 10.0
 """Idle fibres that no job needed for so many seconds are dropped."""
 TRIM_AT_ONCE: Final = 500
@@ -51,20 +48,21 @@ TRIM_PAUSE: Final = 10e-3
 class Waker:
     """Wakes one job, in any of its pauses. The job's callback is ``Waker.wake(waker)``."""
 
-    __slots__ = ("_fired", "_future", "_hub", "_polls", "_resumed_at")
+    __slots__ = ("_fired", "_future", "_hub", "_polls")
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._future: Future[None] | None = None
         self._fired = False
         self._polls = 0
-        self._resumed_at = 0.0
 
     def wake(self) -> None:
         """End the job's pause, or its next one. Any thread may call this."""
         if get_ident() != self._hub.ident:
             self._hub.post(self)
-        elif not self.end_pause():
+            return
+        self._polls = 0
+        if not self.end_pause():
             self._fired = True
 
     def end_pause(self) -> bool:
@@ -93,7 +91,6 @@ class Waker:
             )
         if self._fired:
             self._fired = False
-            self._polls = 0
             return None
         if status is WaitStatus.EAGAIN:
             return self._poll(POLL_BUSY_LONGEST)
@@ -103,18 +100,16 @@ class Waker:
             return future
         return self._poll(POLL_LONGEST)
 
+    def forget_pause(self) -> None:
+        """Take note that the pause has ended without a wake-up."""
+        self._future = None
+
     def _poll(self, longest: float) -> Awaitable[None]:
-        if perf_counter() - self._resumed_at > WORK:
-            self._polls = 0
         self._polls += 1
         if self._polls <= POLLS_AT_ONCE:
-            return self._next_iteration()
+            return NEXT_ITERATION
         doublings = min(self._polls - POLLS_AT_ONCE - 1, 16)
         return self._sleep(min(longest, POLL_SHORTEST * 2**doublings))
-
-    async def _next_iteration(self) -> None:
-        await NEXT_ITERATION
-        self._resumed_at = perf_counter()
 
     async def _sleep(self, seconds: float) -> None:
         future = self._future = Future()
@@ -123,7 +118,6 @@ class Waker:
             await future
         finally:
             timer.cancel()
-        self._resumed_at = perf_counter()
 
 
 class _NextIteration:
@@ -242,22 +236,26 @@ class Hub:
         and the append, and the waker would lie there with no drain to come.
         """
         self._wakers.append(waker)
-        if self._scheduled:
+        loop = self.loop
+        if self._scheduled and loop is not None and not loop.is_closed():
             return
         self._scheduled = True
-        loop = self.loop
         try:
             if loop is not None:
                 loop.call_soon_threadsafe(self._drain)
                 return
         except RuntimeError:  # the loop is closed
             pass
+        except BaseException:  # a KeyboardInterrupt, say: the next post has to schedule
+            self._scheduled = False
+            raise
         self._scheduled = False
         self._wakers.clear()
         logger.debug("a job was woken after its event loop had been closed")
 
     def _drain(self) -> None:
         self._scheduled = False
+        self.ident = get_ident()
         # Those that come while this runs are bounded too: the loop has others to serve.
         for _ in range(len(self._wakers) + 16):
             try:

@@ -1205,18 +1205,15 @@ def start_in_a_thread_that_ends(log: list[str]) -> Job:
 def in_thread_with_ident_of(job: Job, func: Callable[[], T]) -> T:
     """Call func in a thread that got the ident of the job's thread, which has ended."""
     assert job.thread is not None
+    ident = job.thread.ident
+
+    def if_same() -> tuple[T] | None:
+        return (func(),) if threading.get_ident() == ident else None
+
     for _ in range(1000):
-        if in_thread(threading.get_ident) == job.thread.ident:
-            break
-    else:
-        pytest.skip("this system does not give the ident of an ended thread to the next one")
-
-    def if_same() -> T:
-        assert job.thread is not None
-        assert threading.get_ident() == job.thread.ident
-        return func()
-
-    return in_thread(if_same)
+        if (done := in_thread(if_same)) is not None:
+            return done[0]
+    pytest.skip("this system does not give the ident of an ended thread to the next one")
 
 
 def test_resume_of_an_ended_threads_job_is_refused_in_a_thread_with_the_same_ident() -> None:

@@ -21,7 +21,10 @@ from aiojob import (
     Job,
     JobError,
     JobStatus,
+    Session,
     WaitFdError,
+    WaitStatus,
+    WrongThreadError,
     _fibre,
     _wakeups,
     await_,
@@ -229,6 +232,220 @@ def test_greenlet_of_an_ended_job_passes_values_and_errors_through_the_idle_fibr
     assert start_job(None, None, len, "abc").ret == 3
 
 
+def test_tuple_that_a_greenlet_of_an_ended_job_returns_is_not_taken_for_a_job() -> None:
+    called: list[object] = []
+    greenlets: list[greenlet.greenlet] = []
+
+    def inner() -> object:
+        return (called.append, ("called",), {})
+
+    start_job(None, None, lambda: greenlets.append(greenlet.greenlet(inner)))
+    assert greenlets[0].switch() == (called.append, ("called",), {})
+    assert called == []
+    assert start_job(None, None, len, "abc").ret == 3
+
+
+# -- what reaches a driver that did not ask for it
+
+
+def test_value_sent_to_a_hand_written_loop_comes_back_to_the_job_as_an_error() -> None:
+    stranger = greenlet.greenlet(lambda: "a stranger's result")
+
+    def work() -> str:
+        with pytest.raises(JobError, match="a stranger's result"):
+            stranger.switch()
+        pause_job()
+        return "went on"
+
+    _, job, _ = start_job(None, None, work)
+    assert job is not None
+    assert start_job(job, None).ret == "went on"
+
+
+@pytest.mark.parametrize("pauses", [0, 1])
+async def test_error_raised_to_the_driver_comes_to_the_job(pauses: int) -> None:
+    init_thread(1)
+
+    def fail() -> None:
+        raise LookupError
+
+    stranger = greenlet.greenlet(fail)
+
+    def work() -> str:
+        for _ in range(pauses):
+            await_(asyncio.sleep(0))
+        with pytest.raises(LookupError):
+            stranger.switch()
+        return await_(asyncio.sleep(0, "went on"))
+
+    assert await run_job(work) == "went on"
+    assert await run_job(len, "abc") == 3
+
+
+@pytest.mark.parametrize("pauses", [0, 1])
+def test_error_raised_to_a_hand_written_loop_comes_to_the_job(pauses: int) -> None:
+    def fail() -> None:
+        raise LookupError
+
+    stranger = greenlet.greenlet(fail)
+
+    def work() -> str:
+        for _ in range(pauses):
+            pause_job()
+        with pytest.raises(LookupError):
+            stranger.switch()
+        return "went on"
+
+    status, job, ret = start_job(None, None, work)
+    for _ in range(pauses):
+        assert job is not None
+        status, job, ret = start_job(job, None)
+    assert (status, job, ret) == (JobStatus.FINISH, None, "went on")
+
+
+async def test_fibre_is_given_up_when_the_driver_gets_one_error_after_the_other() -> None:
+    init_thread(1)
+
+    def fail() -> None:
+        raise LookupError
+
+    strangers = [greenlet.greenlet(fail) for _ in range(2)]
+
+    def work() -> None:
+        try:
+            strangers[0].switch()
+        except LookupError:
+            strangers[1].switch()
+
+    with pytest.raises(LookupError):
+        await run_job(work)
+    assert await run_job(len, "abc") == 3
+
+
+# -- what outlives its thread
+
+
+def test_fibre_dies_with_its_thread_though_a_traceback_holds_it() -> None:
+    errors: list[BaseException] = []
+    fibres: list[weakref.ref[object]] = []
+
+    def fail() -> None:
+        raise LookupError
+
+    def thread() -> None:
+        try:
+            asyncio.run(run_job(fail))
+        except LookupError as error:
+            errors.append(error)
+        fibres.extend(map(weakref.ref, _fibre.pool_of_thread()._fibres))
+
+    in_thread(thread)
+    assert len(fibres) == 1
+    fibre = fibres[0]()
+    assert fibre is None or fibre.dead  # type: ignore[attr-defined]
+    errors.clear()
+    del fibre
+    gc.collect()
+    assert fibres[0]() is None
+
+
+def test_wait_context_is_first_asked_for_in_the_jobs_own_thread() -> None:
+    errors: list[BaseException] = []
+    _, job, _ = start_job(None, None, pause_job)
+    assert job is not None
+
+    def ask() -> None:
+        try:
+            get_wait_ctx(job)
+        except JobError as error:
+            errors.append(error)
+
+    in_thread(ask)
+    assert [type(error) for error in errors] == [WrongThreadError]
+    assert get_wait_ctx(job) is job.wait_ctx
+    start_job(job, None)
+
+
+# -- wake-ups
+
+
+async def test_callback_after_something_was_thrown_in_ends_the_next_pause() -> None:
+    def work() -> str:
+        ctx = get_wait_ctx()
+        ctx.status = WaitStatus.OK
+        with pytest.raises(LookupError):
+            pause_job()
+        callback, arg = ctx.get_callback() or (None, None)
+        assert callback is not None
+        callback(arg)
+        pause_job()
+        return "woken"
+
+    coroutine = run_job(work)
+    future = coroutine.send(None)
+    with pytest.raises(StopIteration, match="woken"):
+        coroutine.throw(LookupError)
+    assert future is not None
+
+
+def test_late_callbacks_are_not_kept_when_the_loop_closed_before_its_drain(
+    loop_factory: Callable[[], Any],
+) -> None:
+    loop = loop_factory()
+
+    async def hub() -> _wakeups.Hub:
+        return _wakeups.current_hub()
+
+    late = loop.run_until_complete(hub())
+    late.post(_wakeups.Waker(late))
+    loop.close()
+    for _ in range(10):
+        late.post(_wakeups.Waker(late))
+    assert not late._wakers
+
+
+async def test_check_that_takes_long_is_polled_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+    sleep = _wakeups.Waker._sleep
+
+    async def recorded(self: _wakeups.Waker, seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(self, 0)
+
+    monkeypatch.setattr(_wakeups.Waker, "_sleep", recorded)
+
+    def work() -> None:
+        while len(slept) < 10:
+            sum(range(20_000))
+            pause_job()
+
+    await run_job(work)
+    assert slept == sorted(slept)
+    assert slept[0] == _wakeups.POLL_SHORTEST
+    assert slept[-1] == _wakeups.POLL_LONGEST
+
+
+async def test_session_left_by_an_error_with_a_job_under_way_frees_when_the_job_ends() -> None:
+    gate = asyncio.Event()
+    cleaned: list[object] = []
+
+    def work() -> None:
+        get_wait_ctx().set_wait_fd("key", 7, None, lambda *args: cleaned.append(args))
+        await_(gate.wait())
+
+    with pytest.raises(LookupError):
+        async with Session() as session:
+            task = asyncio.create_task(session.run_job(work))
+            await asyncio.sleep(0)
+            raise LookupError
+    assert cleaned == []
+    gate.set()
+    await task
+    assert cleaned == [(session.wait_ctx, "key", 7, None)]
+
+
 # -- closing
 
 
@@ -338,6 +555,33 @@ async def test_completions_that_follow_each_other_let_the_loop_serve_others() ->
         await asyncio.sleep(0)
         served += 1
     assert len(set(turns)) > 2
+
+
+def test_interrupted_post_does_not_keep_later_ones_from_the_loop(
+    loop_factory: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[str] = []
+
+    class Recorded(_wakeups.Waker):
+        __slots__ = ()
+
+        def wake(self) -> None:
+            woken.append("woken")
+
+    class Interrupted:
+        def call_soon_threadsafe(self, *args: object) -> NoReturn:
+            raise KeyboardInterrupt
+
+    async def main() -> None:
+        hub = _wakeups.current_hub()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(hub, "_loop", Interrupted)
+            hub.post(Recorded(hub))
+        hub.post(Recorded(hub))
+        await until(lambda: len(woken) == 2)
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main())
 
 
 def test_no_job_runs_where_none_was_started() -> None:
