@@ -94,7 +94,7 @@ def _serve(port: Port) -> None:
             # The names are unbound while the fibre waits here, so that it keeps nothing of a job.
             message = port.home(port)
             while not port.running:  # see _leave_pool
-                message = port.home(message)
+                message = port.home(message)  # not traced
             port.func, args, kwargs = message
             del message
             try:
@@ -108,7 +108,7 @@ def _serve(port: Port) -> None:
             del args, kwargs
     except GreenletExit:
         raise
-    except BaseException:
+    except BaseException:  # not traced
         _leave_pool()
         raise
 

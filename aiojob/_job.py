@@ -193,7 +193,7 @@ def begin(
     port.running = True
     try:
         reply = fibre.switch(func, args, kwargs)
-    except BaseException as error:
+    except BaseException as error:  # not traced
         return throw(fibre, error)
     port.running = False
     return reply
@@ -205,7 +205,7 @@ def resume(fibre: Fibre, value: Any) -> Any:
     fibre.port.running = True
     try:
         reply = target.switch(value)
-    except BaseException as error:
+    except BaseException as error:  # not traced
         return throw(fibre, error)
     fibre.port.running = False
     return reply
@@ -222,7 +222,7 @@ def throw(fibre: Fibre, error: BaseException) -> Any:
     fibre.port.running = True
     try:
         reply = target.throw(type(error), error, error.__traceback__)
-    except BaseException:
+    except BaseException:  # not traced
         _give_up(fibre)
         raise
     fibre.port.running = False

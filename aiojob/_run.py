@@ -86,7 +86,7 @@ async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) ->
     port.running = True
     try:
         reply = fibre.switch(func, args, kwargs)
-    except BaseException as error:
+    except BaseException as error:  # not traced
         reply = throw(fibre, error)
     port.running = False
     if reply is port:
@@ -167,7 +167,7 @@ async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
                 port.running = True
                 try:
                     reply = fibre.switch(value)
-                except BaseException as exc:
+                except BaseException as exc:  # not traced
                     reply = throw(fibre, exc)
                 port.running = False
             else:

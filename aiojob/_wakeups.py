@@ -274,11 +274,10 @@ class Hub:
             get_running_loop().call_later(TRIM_INTERVAL, self._trim, pool)
 
     def _trim(self, pool: Pool) -> None:
-        if pool.drop_reserve(TRIM_AT_ONCE):
-            delay = TRIM_PAUSE
-        else:
+        dropped = pool.drop_reserve(TRIM_AT_ONCE)
+        delay = TRIM_PAUSE if dropped else TRIM_INTERVAL
+        if not dropped:
             pool.renew_reserve()
-            delay = TRIM_INTERVAL
         self._trims = pool.is_large
         if self._trims:
             get_running_loop().call_later(delay, self._trim, pool)
@@ -287,17 +286,14 @@ class Hub:
 
     def watch(self, ctx: WaitCtx) -> bool:
         """Have the loop watch all fds of a context; say whether there are any."""
-        watched = False
         for entry in ctx._entries:
-            if not entry.deleted:
-                watched = True
-                watch: Any = entry.watch
-                try:
-                    if watch is None or not watch.is_current(self):
-                        self._register(ctx, entry)
-                except (OSError, RuntimeError, ValueError) as error:
-                    raise _unwatchable(ctx, entry, error) from error
-        return watched
+            watch: Any = entry.watch
+            try:
+                if watch is None or not watch.is_current(self):
+                    self._register(ctx, entry)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise _unwatchable(ctx, entry, error) from error
+        return bool(ctx._entries)
 
     def _register(self, ctx: WaitCtx, entry: WaitFd) -> None:
         entry.unwatch(ctx)

@@ -159,6 +159,22 @@ def test_error_of_a_job_that_another_thread_dropped_is_logged(
     assert "in the cleanup" in caplog.text
 
 
+async def test_place_freed_while_a_waiter_enters_the_queue_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    init_thread(1)
+    handles = [start_job(None, None, pause_job).job]
+    add_waiter = _fibre.Pool.add_waiter
+
+    def drop_and_add(pool: _fibre.Pool, waiter: _fibre.Waiter) -> None:
+        # Between the waiter's look at the pool and its place in the queue.
+        in_thread(handles.clear)
+        add_waiter(pool, waiter)
+
+    monkeypatch.setattr(_fibre.Pool, "add_waiter", drop_and_add)
+    assert await run_job(len, "abc") == 3
+
+
 async def test_waiter_offered_a_fibre_and_closed_by_another_thread_gives_it_back() -> None:
     init_thread(1)
     gate = asyncio.Event()
@@ -320,6 +336,35 @@ async def test_fibre_is_given_up_when_the_driver_gets_one_error_after_the_other(
     with pytest.raises(LookupError):
         await run_job(work)
     assert await run_job(len, "abc") == 3
+
+
+def test_hand_written_loop_in_a_greenlet_of_its_own_gets_its_jobs_back() -> None:
+    results: list[object] = []
+
+    def loop() -> None:
+        _, job, _ = start_job(None, None, pause_job)
+        assert job is not None
+        results.append(start_job(job, None).status)
+
+    def work() -> str:
+        pause_job()
+        return "went on"
+
+    _, job, _ = start_job(None, None, work)
+    greenlet.greenlet(loop).switch()
+    assert results == [JobStatus.FINISH]
+    assert job is not None
+    assert start_job(job, None).ret == "went on"
+
+
+def test_coroutine_driven_without_a_loop_tells_the_job_when_it_pauses() -> None:
+    def work() -> str:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            pause_job()
+        return "went on"
+
+    with pytest.raises(StopIteration, match="went on"):
+        run_job(work).send(None)
 
 
 # -- what outlives its thread
