@@ -260,30 +260,31 @@ def unwind(fibre: Fibre) -> Any:
 def finish(fibre: Fibre) -> Any:
     """Give the fibre of an ended job back, and return or raise the job's result."""
     port = fibre.port
+    pool = fibre.pool
     value, error = port.value, port.error
     port.value = port.error = None
+    fibre.gr_context = None
     if error is None:
-        _give_back(fibre)
+        if fibre.job is None and fibre.way_back is pool.home_switch:
+            pool.give(fibre)
+        else:
+            _give_back(fibre)
         return value
     try:
         raise error
     finally:
-        del error, port  # the traceback holds this frame
+        del error, pool, port  # the traceback holds this frame
         _give_back(fibre)
         del fibre
 
 
 def _give_back(fibre: Fibre) -> None:
-    pool = fibre.pool
-    fibre.gr_context = None
-    if fibre.job is None and fibre.way_back is pool.home_switch:
-        pool.give(fibre)
-        return
+    """Give a fibre back to its pool as it was before the job, whatever that did with it."""
     own_ctx = _detach(fibre)
     fibre.way_back = fibre.port.home
-    fibre.set_home(pool.home)
+    fibre.set_home(fibre.pool.home)
     fibre.__sqlalchemy_greenlet_provider__ = True
-    pool.give(fibre)
+    fibre.pool.give(fibre)
     if own_ctx is not None:
         own_ctx.free()
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 from _thread import get_ident
 from asyncio import Future, get_running_loop
 from collections import deque
 from collections.abc import Awaitable, Generator
+from os import fstat
 from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
 
@@ -29,6 +29,9 @@ from ._waitctx import WaitCtx, WaitFd, WaitStatus
 __all__ = ["NEXT_ITERATION", "Hub", "Waker", "attach", "current_hub", "loop_runs"]
 
 logger = logging.getLogger("aiojob")
+
+# Bound here, as an enumeration is slow to look its members up.
+ERR, OK, EAGAIN = WaitStatus.ERR, WaitStatus.OK, WaitStatus.EAGAIN
 
 POLLS_AT_ONCE: Final = 8
 """How often a job that has nothing to wait for is resumed in the loop's next iteration."""
@@ -62,18 +65,21 @@ class Waker:
             self._hub.post(self)
             return
         self._polls = 0
-        if not self.end_pause():
-            self._fired = True
-
-    def end_pause(self) -> bool:
-        """End the job's pause, and say whether it was paused."""
         future = self._future
         if future is None or future.done():
-            return False
+            self._fired = True
+            return
         try:
             future.set_result(None)
         except RuntimeError:
             logger.debug("a job was woken after its event loop had been closed")
+
+    def end_pause(self) -> bool:
+        """End the job's pause, and say whether it was paused. Only the running loop calls this."""
+        future = self._future
+        if future is None or future.done():
+            return False
+        future.set_result(None)
         return True
 
     def pause(self, ctx: WaitCtx) -> Awaitable[None] | None:
@@ -84,7 +90,7 @@ class Waker:
             WaitFdError: An fd of the context cannot be watched.
         """
         status = ctx._status
-        if status is WaitStatus.ERR:
+        if status is ERR:
             raise EngineError(
                 f"the engine reported a fatal error (status ERR) on {ctx!r}: "
                 "clean up what belongs to the wait context, or set its status anew"
@@ -92,9 +98,9 @@ class Waker:
         if self._fired:
             self._fired = False
             return None
-        if status is WaitStatus.EAGAIN:
+        if status is EAGAIN:
             return self._poll(POLL_BUSY_LONGEST)
-        if (ctx._entries and self._hub.watch(ctx)) or status is WaitStatus.OK:
+        if (ctx._entries and self._hub.watch(ctx)) or status is OK:
             self._polls = 0
             future = self._future = Future()
             return future
@@ -140,7 +146,7 @@ class _FdWatch:
         self.fd = fd
         self.registered = False
         self._contexts: list[WaitCtx] = []
-        self._file: tuple[int, ...] | None = None
+        self._file: tuple[int, ...] | None = None  # its inode and device, of fstat's result
         self._repeated = False
 
     def add(self, ctx: WaitCtx) -> None:
@@ -150,13 +156,13 @@ class _FdWatch:
         # Unregister first: the loop may still have a closed file by this number, and would
         # take the new one for watched.
         self.unregister()
-        self._file = _file_of(self.fd)
+        self._file = fstat(self.fd)[1:3]
         loop.add_reader(self.fd, self._ready)
         self.registered = True
 
     def is_current(self, hub: Hub) -> bool:
         """Whether the loop of `hub` watches what now has this fd's number."""
-        return self.registered and self._hub is hub and _file_of(self.fd) == self._file
+        return self.registered and self._hub is hub and fstat(self.fd)[1:3] == self._file
 
     def unregister(self) -> None:
         if not self.registered:
@@ -190,10 +196,6 @@ class _FdWatch:
         else:
             # Left readable while nobody waits: the loop would spin. A pause registers it again.
             self.unregister()
-
-
-def _file_of(fd: int) -> tuple[int, ...]:
-    return os.fstat(fd)[1:3]  # its inode and device
 
 
 class Hub:
