@@ -18,7 +18,8 @@ from _thread import get_ident
 from asyncio import Future, get_running_loop
 from collections import deque
 from collections.abc import Awaitable, Generator
-from os import fstat
+from os import fstat, get_inheritable
+from stat import S_IFMT
 from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
 
@@ -146,7 +147,7 @@ class _FdWatch:
         self.fd = fd
         self.registered = False
         self._contexts: list[WaitCtx] = []
-        self._file: tuple[int, ...] | None = None  # its inode and device, of fstat's result
+        self._file: tuple[int, ...] = ()
         self._repeated = False
 
     def add(self, ctx: WaitCtx) -> None:
@@ -156,13 +157,18 @@ class _FdWatch:
         # Unregister first: the loop may still have a closed file by this number, and would
         # take the new one for watched.
         self.unregister()
-        self._file = fstat(self.fd)[1:3]
+        self._file = _file_of(self.fd)
         loop.add_reader(self.fd, self._ready)
         self.registered = True
 
     def is_current(self, hub: Hub) -> bool:
         """Whether the loop of `hub` watches what now has this fd's number."""
-        return self.registered and self._hub is hub and fstat(self.fd)[1:3] == self._file
+        if not self.registered or self._hub is not hub:
+            return False
+        if self._file:
+            return _file_of(self.fd) == self._file
+        get_inheritable(self.fd)  # the cheapest call that raises if the fd is closed
+        return True
 
     def unregister(self) -> None:
         if not self.registered:
@@ -196,6 +202,12 @@ class _FdWatch:
         else:
             # Left readable while nobody waits: the loop would spin. A pause registers it again.
             self.unregister()
+
+
+def _file_of(fd: int) -> tuple[int, ...]:
+    """Return what tells an open file from others; nothing for those that share one inode."""
+    status = fstat(fd)
+    return status[1:3] if S_IFMT(status[0]) else ()
 
 
 class Hub:
