@@ -69,14 +69,17 @@ class Port:
 
     home: where the end of a job goes: the bound ``switch`` of the driver's greenlet.
     running: whether a job runs: its driver has switched to it, and it has not come back.
+    first: the first job, when the fibre is to begin. It comes this way as a greenlet keeps the
+        arguments of its first switch for as long as it lives.
     func: the function of the job, None while the fibre is idle.
     value, error: how the job ended, until the driver takes it.
     """
 
-    __slots__ = ("error", "func", "home", "running", "value")
+    __slots__ = ("error", "first", "func", "home", "running", "value")
 
     home: Callable[..., Any]
     running: bool
+    first: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None
     func: Callable[..., Any] | None
     value: Any
     error: BaseException | None
@@ -84,17 +87,17 @@ class Port:
     def __init__(self, home: Callable[..., Any]) -> None:
         self.home = home
         self.running = False
-        self.func = self.value = self.error = None
+        self.first = self.func = self.value = self.error = None
 
 
-def _serve(port: Port) -> None:
+def _serve() -> None:
     """Run the functions that drivers send, one after the other, for as long as the fibre lives."""
+    port: Port = getcurrent().port  # type: ignore[attr-defined]
+    message, port.first = port.first, None
+    assert message is not None
     try:
         while True:
-            # The names are unbound while the fibre waits here, so that it keeps nothing of a job.
-            message = port.home(port)
-            while not port.running:  # see _leave_pool
-                message = port.home(message)  # not traced
+            # The names are unbound while the fibre is idle, so that it keeps nothing of a job.
             port.func, args, kwargs = message
             del message
             try:
@@ -106,6 +109,9 @@ def _serve(port: Port) -> None:
                 del traceback
             port.func = None
             del args, kwargs
+            message = port.home(port)
+            while not port.running:  # see _leave_pool
+                message = port.home(message)  # not traced
     except GreenletExit:
         raise
     except BaseException:  # not traced
@@ -140,11 +146,7 @@ class Fibre(greenlet):
 
     def __init__(self, pool: Pool) -> None:
         greenlet.__init__(self, _serve, pool.home)
-        # A greenlet keeps the arguments of its first switch for as long as it lives. A first
-        # switch to where it waits for a job keeps the first job's out of that.
-        self.port = Port(getcurrent().switch)
-        self.switch(self.port)
-        self.port.home = pool.home_switch
+        self.port = Port(pool.home_switch)
         self.pool = pool
         self.way_back: Callable[[Any], Any] = pool.home_switch
         self.job: Job | None = None
@@ -154,6 +156,16 @@ class Fibre(greenlet):
         # SQLAlchemy looks for this on the current greenlet, and if it is true
         # switches to its parent with an awaitable: for the driver to await.
         self.__sqlalchemy_greenlet_provider__ = True
+
+    def warm_up(self) -> Fibre:
+        """Begin with a job that does nothing: an idle fibre has begun."""
+        port = self.port
+        port.first = (int, (), {})
+        port.home, home = getcurrent().switch, port.home
+        self.switch()
+        port.home = home
+        port.value = None
+        return self
 
     def prepare(self, driver: greenlet, attach: Callable[[WaitCtx], None] | None) -> None:
         """Make an idle fibre ready for a job that `driver`, the current greenlet, begins."""
@@ -194,7 +206,7 @@ class Pool:
     home: the greenlet that drivers usually run in: the thread's main greenlet, or the one
         that `run` made for the event loop. Idle fibres always have it as their parent.
     thread: the thread, None where `threading` does not know it.
-    take: pops an idle fibre; `IndexError` when there is none.
+    take: pops an idle fibre, which has begun; `IndexError` when there is none.
     give: takes a fibre back whose job has ended.
     """
 
@@ -277,7 +289,7 @@ class Pool:
         self._fibres.difference_update(self._idle[max_size:])
         del self._idle[max_size:]
         while len(self._fibres) < init_size:
-            self._idle.append(self._make())
+            self._idle.append(self._make().warm_up())
 
     # -- trimming: what no job has needed for a while is dropped
 
@@ -341,7 +353,7 @@ class Pool:
         self._fibres.discard(fibre)
         fibre.port.home = _die
         if self._waiters:
-            self.give(self._make())
+            self.give(self._make().warm_up())
 
     # -- work that other threads leave for this one
 

@@ -192,7 +192,11 @@ def begin(
     port = fibre.port
     port.running = True
     try:
-        reply = fibre.switch(func, args, kwargs)
+        if fibre:  # has begun
+            reply = fibre.switch(func, args, kwargs)
+        else:
+            port.first = (func, args, kwargs)
+            reply = fibre.switch()
     except BaseException as error:  # not traced
         return throw(fibre, error)
     port.running = False

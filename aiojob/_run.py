@@ -80,16 +80,17 @@ async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) ->
     if fibre is None:
         fibre = await _acquire()
         driver = getcurrent()
-    # This is `begin`, whose frame would be in the way: from Python 3.12 on, greenlet walks
-    # all frames between the two ends of a switch.
-    port = fibre.port
-    port.running = True
-    try:
-        reply = fibre.switch(func, args, kwargs)
-    except BaseException as error:  # not traced
-        reply = throw(fibre, error)
-    port.running = False
-    if reply is port:
+        reply = begin(fibre, func, args, kwargs)
+    else:
+        # This is `begin`, whose frame would be in the way: from Python 3.12 on, greenlet walks
+        # all frames between the two ends of a switch.
+        fibre.port.running = True
+        try:
+            reply = fibre.switch(func, args, kwargs)
+        except BaseException as error:  # not traced
+            reply = throw(fibre, error)
+        fibre.port.running = False
+    if reply is fibre.port:
         return finish(fibre)  # type: ignore[no-any-return]
     return await _drive(fibre, driver, reply)  # type: ignore[no-any-return]
 

@@ -24,7 +24,7 @@ from . import jobs, scale
 from .measure import Result, measure
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-ROUNDS, QUICK_ROUNDS = 25, 7
+ROUNDS, QUICK_ROUNDS = 200, 60
 
 
 def main() -> int:

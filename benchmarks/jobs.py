@@ -39,7 +39,7 @@ def rows() -> Iterator[Row]:
             "to_thread": 0.03,
             "greenlet pair": 3.2,
         },
-        count=1000,
+        count=200,
     )
     for jobs in (1, 100):
         yield Row(
@@ -51,7 +51,7 @@ def rows() -> Iterator[Row]:
                 "greenback": in_jobs(greenback_run, greenback.await_, jobs),
             },
             {"sqlalchemy": 0.97 if jobs == 1 else 0.93, "greenback": 0.5},
-            count=2000,
+            count=600,
         )
     for jobs in (1, 100):
         yield Row(
@@ -62,7 +62,7 @@ def rows() -> Iterator[Row]:
                 "sqlalchemy": gathered(greenlet_spawn, woken_by_future, jobs),
             },
             {"sqlalchemy": 1.2 if jobs == 1 else 1.05},
-            count=2000,
+            count=600,
         )
     yield Row(
         "eventfd",
@@ -72,7 +72,7 @@ def rows() -> Iterator[Row]:
             "coroutine": add_and_remove_reader,
         },
         {"coroutine": 0.8},
-        count=500,
+        count=200,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -63,9 +64,11 @@ async def measure(row: Row, rounds: int, progress: Callable[[], None]) -> Result
     times: dict[str, list[float]] = {name: [] for name in row.contenders}
     for contender in row.contenders.values():
         await contender(row.count)
+    contenders = deque(row.contenders.items())
     for _ in range(rounds):
-        for name, contender in row.contenders.items():
-            gc.collect()
+        gc.collect()
+        contenders.rotate()
+        for name, contender in contenders:
             begin = perf_counter()
             await contender(row.count)
             times[name].append((perf_counter() - begin) / row.count)
