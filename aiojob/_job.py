@@ -296,8 +296,10 @@ def _give_back(fibre: Fibre) -> None:
 def _give_up(fibre: Fibre) -> None:
     """Part with a fibre that nobody can tell any more where it is."""
     fibre.port.running = False
-    _detach(fibre)
+    own_ctx = _detach(fibre)
     fibre.pool.forget(fibre)
+    if own_ctx is not None:
+        own_ctx.free()
 
 
 def _detach(fibre: Fibre) -> WaitCtx | None:

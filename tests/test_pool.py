@@ -110,9 +110,13 @@ def test_smaller_limit_drops_idle_fibres() -> None:
 
 
 def stray() -> None:
+    stray_at(pause_job)
+
+
+def stray_at(pause: Callable[..., object], *args: object) -> None:
     """Leave a job in a way that no driver expects, when it is closed."""
     try:
-        pause_job()
+        pause(*args)
     except GeneratorExit:
         parent = greenlet.getcurrent().parent
         assert parent is not None
@@ -129,6 +133,20 @@ async def test_job_that_leaves_its_close_by_a_switch_is_given_up() -> None:
     gc.collect()
     assert lost() is None
     assert await run_job(len, "abc") == 3
+
+
+async def test_job_that_is_given_up_frees_its_wait_context() -> None:
+    cleaned: list[object] = []
+
+    def work() -> None:
+        get_wait_ctx().set_wait_fd("key", 7, None, lambda *args: cleaned.append(args[1:]))
+        stray_at(await_, asyncio.sleep(0))
+
+    coroutine = run_job(work)
+    coroutine.send(None)
+    with pytest.raises(JobError, match="did not end when it was closed"):
+        coroutine.close()
+    assert cleaned == [("key", 7, None)]
 
 
 async def test_waiter_gets_the_place_of_a_job_that_is_given_up() -> None:
