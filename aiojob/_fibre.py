@@ -417,12 +417,16 @@ class Pool:
 
     def close(self) -> None:
         """End the idle fibres: the thread is ending."""
-        self.do_posted()
-        with self._closing:
-            self._closed = True
-        self.do_posted()  # what was posted in between; nothing comes any more
-        for fibre in (*self._idle, *self._reserve):
-            fibre.throw()  # now: a traceback may hold it for longer than its thread lives
+        # Not so for the daemon threads that an exit finds, and for those that a fork did not take
+        # over: another thread clears their data, and cannot switch to their fibres.
+        if self.is_here:
+            self.do_posted()
+            with self._closing:
+                self._closed = True
+            self.do_posted()  # what was posted in between; nothing comes any more
+            for fibre in (*self._idle, *self._reserve):
+                fibre.throw()  # now: a traceback may hold it for longer than its thread lives
+        self._closed = True
         self._fibres.clear()
         self._idle.clear()
         self._reserve.clear()

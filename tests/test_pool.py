@@ -412,6 +412,19 @@ def test_fibre_dies_with_its_thread_though_a_traceback_holds_it() -> None:
     assert fibres[0]() is None
 
 
+def test_pool_that_another_thread_closes_lets_go_of_its_fibres_only() -> None:
+    pool = _fibre.Pool()
+    pool.resize(1, 1)
+    posted: list[str] = []
+    in_thread(lambda: pool.post(lambda: posted.append("done")))
+    in_thread(pool.close)
+    assert pool.idle == 0
+    assert posted == []
+    in_thread(lambda: pool.post(lambda: posted.append("done")))
+    pool.do_posted()
+    assert posted == ["done"]
+
+
 def test_wait_context_is_first_asked_for_in_the_jobs_own_thread() -> None:
     errors: list[BaseException] = []
     _, job, _ = start_job(None, None, pause_job)
