@@ -179,11 +179,12 @@ class Fibre(greenlet):
         self.attach = attach
 
     def set_home(self, home: greenlet) -> None:
-        """Make the fibre come back to `home` at its pauses and at its end."""
+        """Make the fibre come back to `home` at its pauses and at its end.
+
+        It is idle or paused: not blocked, then.
+        """
         switch = self.pool.home_switch if home is self.pool.home else home.switch
-        if self.way_back is self.port.home:
-            self.way_back = switch
-        self.port.home = switch
+        self.port.home = self.way_back = switch
         self.parent = home
 
 
@@ -407,7 +408,6 @@ class Pool:
         self.home = home
         self.home_switch = home.switch
         for fibre in (*self._idle, *self._reserve):
-            fibre.way_back = fibre.port.home
             fibre.set_home(home)
 
     def _make(self) -> Fibre:

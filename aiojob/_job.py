@@ -285,7 +285,6 @@ def finish(fibre: Fibre) -> Any:
 def _give_back(fibre: Fibre) -> None:
     """Give a fibre back to its pool as it was before the job, whatever that did with it."""
     own_ctx = _detach(fibre)
-    fibre.way_back = fibre.port.home
     fibre.set_home(fibre.pool.home)
     fibre.__sqlalchemy_greenlet_provider__ = True
     fibre.pool.give(fibre)
