@@ -9,6 +9,8 @@ A map of the package; each module imports only those above it:
 ``_job``                `Job`, `start_job`, `pause_job`, ...: OpenSSL's interface
 ``_wakeups``            one for each event loop: fd readers, callbacks from threads, polling
 ``_run``                `run_job`, `Session`, `await_`, ...: the asyncio adapter
+``engines``             `Completion`, `offload`, `sleep`, ...: what completes a paused job
+``testing``             a dummy engine, gates and barriers, for the tests of engines
 ======================  ==================================================================
 """
 
@@ -38,12 +40,23 @@ from ._job import (
 )
 from ._run import Session, as_coroutine, await_, iterate, run, run_job
 from ._waitctx import Callback, Cleanup, WaitCtx, WaitStatus
+from .engines import (
+    Completion,
+    offload,
+    offload_async,
+    set_offload_threads,
+    sleep,
+    wait_future,
+    wait_readable,
+    wait_writable,
+)
 
 __all__ = [
     "AiojobError",
     "Callback",
     "CannotPauseError",
     "Cleanup",
+    "Completion",
     "EngineError",
     "Job",
     "JobError",
@@ -64,10 +77,17 @@ __all__ = [
     "init_thread",
     "is_capable",
     "iterate",
+    "offload",
+    "offload_async",
     "pause_blocked",
     "pause_job",
     "run",
     "run_job",
+    "set_offload_threads",
+    "sleep",
     "start_job",
     "unblock_pause",
+    "wait_future",
+    "wait_readable",
+    "wait_writable",
 ]

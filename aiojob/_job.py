@@ -634,6 +634,12 @@ def can_pause() -> bool:
     return fibre is not None and fibre.way_back not in (_stay, _refuse_closing)
 
 
+def can_await() -> bool:
+    """Return whether `await_` would pause here: in a job of an event loop, and not blocked."""
+    fibre = current_fibre()
+    return fibre is not None and fibre.way_back is fibre.port.home
+
+
 def get_current_job() -> Job | None:
     """Return the running job that this code is in, or None (``ASYNC_get_current_job``).
 

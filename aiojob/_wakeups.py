@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Generator
 from os import fstat, get_inheritable
 from stat import S_IFMT
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from weakref import WeakKeyDictionary, ref
 
 from ._errors import EngineError, WaitFdError
@@ -47,6 +47,13 @@ TRIM_AT_ONCE: Final = 500
 """So many of them in one step, lest the loop stalls."""
 TRIM_PAUSE: Final = 10e-3
 """Seconds between such steps."""
+
+
+class Delivery(Protocol):
+    """What a thread posts to an event loop."""
+
+    def wake(self) -> None:
+        """End somebody's wait, in the loop's thread; must not raise."""
 
 
 class Waker:
@@ -216,9 +223,9 @@ class Hub:
     __slots__ = (
         "__weakref__",
         "_loop",
+        "_posted",
         "_scheduled",
         "_trims",
-        "_wakers",
         "_watches",
         "ident",
         "repeats_events",
@@ -230,7 +237,7 @@ class Hub:
         # asyncio polls again before the woken task has run, and so delivers one event more
         # that is out of date; to skip one that was not costs an iteration, as it comes again.
         self.repeats_events = isinstance(loop, asyncio.BaseEventLoop)
-        self._wakers: deque[Waker] = deque()
+        self._posted: deque[Delivery] = deque()
         self._scheduled = False
         self._watches: dict[int, _FdWatch] = {}
         self._trims = False
@@ -242,14 +249,14 @@ class Hub:
 
     # -- completions from other threads
 
-    def post(self, waker: Waker) -> None:
-        """Fire a waker in the loop's thread; completions that come together share a wake-up.
+    def post(self, delivery: Delivery) -> None:
+        """Wake somebody in the loop's thread; deliveries that come together share a wake-up.
 
         Append, then test the flag; the drain clears the flag, then pops until the deque is
         empty. If the flag were tested first, the drain could empty the deque between the test
-        and the append, and the waker would lie there with no drain to come.
+        and the append, and the delivery would lie there with no drain to come.
         """
-        self._wakers.append(waker)
+        self._posted.append(delivery)
         loop = self.loop
         if self._scheduled and loop is not None and not loop.is_closed():
             return
@@ -264,19 +271,19 @@ class Hub:
             self._scheduled = False
             raise
         self._scheduled = False
-        self._wakers.clear()
+        self._posted.clear()
         logger.debug("a job was woken after its event loop had been closed")
 
     def _drain(self) -> None:
         self._scheduled = False
         self.ident = get_ident()
         # Those that come while this runs are bounded too: the loop has others to serve.
-        for _ in range(len(self._wakers) + 16):
+        for _ in range(len(self._posted) + 16):
             try:
-                waker = self._wakers.popleft()
+                delivery = self._posted.popleft()
             except IndexError:
                 return
-            waker.wake()
+            delivery.wake()
         get_running_loop().call_soon(self._drain)
 
     # -- the size of the pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
@@ -74,6 +75,29 @@ def rows() -> Iterator[Row]:
         {"coroutine": 0.8},
         count=200,
     )
+    for jobs, target in ((1, 0.75), (10, 0.45), (100, 0.3), (1000, 0.65)):
+        yield Row(
+            "offload",
+            f"offload of a trivial function, {jobs} at a time",
+            {
+                "aiojob": gathered(aiojob.run_job, offloaded, jobs),
+                "run_in_executor": gathered_coroutines(in_executor, jobs),
+                "to_thread": gathered_coroutines(in_to_thread, jobs),
+                "offload_async": gathered_coroutines(offloaded_async, jobs),
+            },
+            {"run_in_executor": target},
+            count=max(jobs, 200),
+        )
+    yield Row(
+        "offload",
+        "offload of a function that blocks for 1 ms, 100 at a time",
+        {
+            "aiojob": gathered(aiojob.run_job, blocking_offloaded, 100),
+            "run_in_executor": gathered_coroutines(blocking_in_executor, 100),
+        },
+        {"run_in_executor": 1.0},
+        count=100,
+    )
 
 
 def nothing() -> None:
@@ -122,6 +146,15 @@ def gathered(spawn: Spawn, job: Callable[[int], None], jobs: int) -> Contender:
     return contender
 
 
+def gathered_coroutines(
+    coroutine: Callable[[int], Coroutine[Any, Any, None]], number: int
+) -> Contender:
+    async def contender(count: int) -> None:
+        await asyncio.gather(*(coroutine(count // number) for _ in range(number)))
+
+    return contender
+
+
 def woken_by_callback(count: int) -> None:
     call_soon = asyncio.get_running_loop().call_soon
     ctx = aiojob.get_wait_ctx()
@@ -161,3 +194,39 @@ async def add_and_remove_reader(count: int) -> None:
         loop.remove_reader(fd)
         os.read(fd, 8)
     os.close(fd)
+
+
+def offloaded(count: int) -> None:
+    for _ in range(count):
+        aiojob.offload(nothing)
+
+
+async def offloaded_async(count: int) -> None:
+    for _ in range(count):
+        await aiojob.offload_async(nothing)
+
+
+async def in_executor(count: int) -> None:
+    loop = asyncio.get_running_loop()
+    for _ in range(count):
+        await loop.run_in_executor(None, nothing)
+
+
+async def in_to_thread(count: int) -> None:
+    for _ in range(count):
+        await asyncio.to_thread(nothing)
+
+
+def block() -> None:
+    time.sleep(0.001)
+
+
+def blocking_offloaded(count: int) -> None:
+    for _ in range(count):
+        aiojob.offload(block)
+
+
+async def blocking_in_executor(count: int) -> None:
+    loop = asyncio.get_running_loop()
+    for _ in range(count):
+        await loop.run_in_executor(None, block)

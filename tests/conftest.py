@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ import uvloop
 
 import aiojob
 from aiojob import _fibre
+from aiojob.testing import nothing_left
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -51,34 +50,16 @@ def _loops_were_used() -> None:
         factory().close()
 
 
-def open_fds() -> set[int]:
-    fds = set()
-    for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
-        try:
-            os.fstat(int(name))
-        except OSError:
-            continue  # the directory's own
-        fds.add(int(name))
-    return fds
-
-
 @pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves an fd, a thread or a live job behind."""
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves an fd, a thread, a live job or an offloaded call behind."""
     _fibre._local.__dict__.clear()  # a pool of its own, whatever a failed test left in the last one
-    fds, threads = open_fds(), set(threading.enumerate())
-    yield
-    if hasattr(request.node, "rep_call") and request.node.rep_call.failed:
-        return  # its frames hold what they held
-    gc.collect()
-    pool = _fibre.pool_of_thread()
-    pool.do_posted()
-    assert pool.outstanding == 0, "a job was left behind"
-    assert pool.waiters == 0, "a waiter for a fibre was left behind"
+    with ExitStack() as stack:
+        stack.enter_context(nothing_left())
+        yield
+        if hasattr(request.node, "rep_call") and request.node.rep_call.failed:
+            stack.pop_all()  # its frames hold what they held
     aiojob.cleanup_thread()
-    left = set(threading.enumerate()) - threads
-    assert not left, f"threads left behind: {left}"
-    assert open_fds() <= fds, "fds were left behind"
 
 
 class _Errors(logging.Handler):

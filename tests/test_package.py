@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
 import importlib.metadata
 import inspect
 import re
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -16,38 +18,70 @@ import pytest
 import aiojob
 
 PACKAGE = Path(aiojob.__file__).parent
-LAYERS = ["_errors", "_waitctx", "_fibre", "_job", "_wakeups", "_run", "__init__"]
+LAYERS = [
+    "aiojob._errors",
+    "aiojob._waitctx",
+    "aiojob._fibre",
+    "aiojob._job",
+    "aiojob._wakeups",
+    "aiojob._run",
+    "aiojob.engines._kernel",
+    "aiojob.engines._pauses",
+    "aiojob.engines._completion",
+    "aiojob.engines._fds",
+    "aiojob.engines._timers",
+    "aiojob.engines._futures",
+    "aiojob.engines._workers",
+    "aiojob.engines._offload",
+    "aiojob.engines",
+    "aiojob.testing",
+    "aiojob",
+]
+
+
+def source_of(module: str) -> Path:
+    path = PACKAGE.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def imports_of(module: str) -> set[str]:
+    """Return the modules that a module imports, by their full names."""
+    path = source_of(module)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add("." * node.level + (node.module or ""))
+            names.add(resolve_name("." * node.level + (node.module or ""), package))
     return names
 
 
 def test_layers_name_every_module() -> None:
-    assert {path.stem for path in PACKAGE.glob("**/*.py")} == set(LAYERS)
+    assert sorted(module_of(path) for path in PACKAGE.glob("**/*.py")) == sorted(LAYERS)
 
 
 @pytest.mark.parametrize("module", LAYERS)
 def test_module_imports_only_lower_layers(module: str) -> None:
-    lower = {f".{name}" for name in LAYERS[: LAYERS.index(module)]}
-    own = {name for name in imports_of(module) if name.startswith(".")}
+    lower = set(LAYERS[: LAYERS.index(module)])
+    own = {name for name in imports_of(module) if name.partition(".")[0] == "aiojob"}
     # What only type checkers import may point upwards.
-    assert own - {"._job"} <= lower if module == "_fibre" else own <= lower
+    assert own - {"aiojob._job"} <= lower if module == "aiojob._fibre" else own <= lower
 
 
 def test_only_the_fibre_module_imports_greenlet() -> None:
-    assert [module for module in LAYERS if "greenlet" in imports_of(module)] == ["_fibre"]
+    assert [module for module in LAYERS if "greenlet" in imports_of(module)] == ["aiojob._fibre"]
 
 
 def test_only_the_adapter_imports_asyncio() -> None:
     importers = [module for module in LAYERS if "asyncio" in imports_of(module)]
-    assert importers == ["_wakeups", "_run"]
+    assert importers
+    assert min(LAYERS.index(module) for module in importers) == LAYERS.index("aiojob._wakeups")
 
 
 def test_no_module_imports_uvloop() -> None:
@@ -63,7 +97,7 @@ def test_public_name_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize("module", LAYERS)
 def test_examples_in_docstrings_are_right(module: str) -> None:
-    imported = importlib.import_module(f"aiojob.{module}") if module != "__init__" else aiojob
+    imported = importlib.import_module(module)
     names = {name: getattr(aiojob, name) for name in aiojob.__all__}
     failed, _ = doctest.testmod(imported, extraglobs=names)
     assert failed == 0

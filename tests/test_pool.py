@@ -477,7 +477,7 @@ def test_late_callbacks_are_not_kept_when_the_loop_closed_before_its_drain(
     loop.close()
     for _ in range(10):
         late.post(_wakeups.Waker(late))
-    assert not late._wakers
+    assert not late._posted
 
 
 async def test_check_that_takes_long_is_polled_less_and_less_often(
