@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from ._fibre import pool_of_thread
 from ._job import can_pause, get_wait_ctx, pause_job
@@ -213,12 +213,16 @@ class Barrier:
         return number
 
 
+_GRACE: Final = 1.0
+"""Seconds that a worker has to end once its call has returned."""
+
+
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """Check that a block leaves no job, fd, thread or offloaded call behind.
 
     It is for one thread with its jobs, and for what else nobody touches meanwhile: open files and
-    threads are those of the process. Idle offload workers are ended.
+    threads are those of the process. Offload workers are ended.
 
     >>> with nothing_left():
     ...     offload(pow, 2, 10)
@@ -233,8 +237,8 @@ def nothing_left() -> Iterator[None]:
     yield
     gc.collect()
     for workers in all_workers():
-        workers.end_idle()
-        assert not workers.threads, f"offloaded calls are still under way in {workers.threads}"
+        busy = workers.end(_GRACE)
+        assert not busy, f"offloaded calls are still under way in {busy}"
     pool.do_posted()
     assert pool.outstanding <= jobs, f"{pool.outstanding - jobs} job(s) were left behind"
     assert pool.waiters <= waiters, "a job that waits for the pool was left behind"

@@ -13,6 +13,8 @@ Each of these races is won by the same means, to write first and to look then:
   looks for calls.
 - A submit appends its call, then counts the workers; a worker that ends leaves their number, then
   looks for calls, and comes back if there are any.
+- A resize sets the limit, then wakes the idle workers; a worker enters these, then looks at the
+  limit.
 - A woken worker clears the mark of the wake-up under way, then takes a call, and then wakes another
   if there are more: a submit that saw the mark had appended its call by then.
 """
@@ -23,6 +25,7 @@ import threading
 from _thread import allocate_lock
 from collections import deque
 from itertools import count
+from time import monotonic
 from typing import Final, Protocol
 
 __all__ = ["IDLE_SECONDS", "Call", "Workers"]
@@ -144,7 +147,7 @@ class Workers:
     def serve(self, worker: Worker) -> None:
         """Run calls, in a worker's thread, until there were none for a while."""
         while True:
-            if len(self._workers) > self.limit and self._end(worker):
+            if self._has_surplus() and self._end(worker):
                 return
             try:
                 call = self._calls.popleft()
@@ -162,7 +165,8 @@ class Workers:
     def _rest(self, worker: Worker) -> bool:
         """Wait to be woken; say whether to go on."""
         self._idle.append(worker)
-        if not self._calls and worker.wait(self.idle_seconds):
+        needed = self._calls or self._has_surplus()
+        if not needed and worker.wait(self.idle_seconds):
             self._waking = False
             return True
         try:
@@ -174,6 +178,9 @@ class Workers:
             self._waking = False
             return True
         return bool(self._calls) or not self._end(worker)
+
+    def _has_surplus(self) -> bool:
+        return len(self._workers) > self.limit
 
     def _end(self, worker: Worker) -> bool:
         """Take a worker out that is not idle; say whether it may end."""
@@ -194,19 +201,21 @@ class Workers:
             for _ in range(min(len(self._calls), limit - len(self._workers))):
                 self._start_worker()
 
-    def end_idle(self) -> None:
-        """End the idle workers now, and wait until they have."""
+    def end(self, seconds: float) -> tuple[Worker, ...]:
+        """End all workers, and return those whose calls took longer than that."""
+        deadline = monotonic() + seconds
         limit, self.limit = self.limit, 0
-        for worker in self._wake_all():
-            worker.join()
+        self._wake_all()
+        for worker in self._workers:
+            worker.join(max(0, deadline - monotonic()))
+        left = self._workers
         self.resize(limit)
+        return left
 
-    def _wake_all(self) -> list[Worker]:
-        woken: list[Worker] = []
+    def _wake_all(self) -> None:
         while True:
             try:
                 worker = self._idle.pop()
             except IndexError:
-                return woken
-            woken.append(worker)
+                return
             worker.wake()
