@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from .._job import can_await
 from .._run import await_
-from .._wakeups import current_hub
+from .._wakeups import current_hub, hub_of
 from ._completion import Completion
 from ._futures import wait_future
 from ._workers import Worker, Workers
@@ -189,8 +189,9 @@ class _JobCall(_Call):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         super().__init__(func, args, kwargs)
-        self.future: Future[None] = Future()
-        self._hub = current_hub()
+        loop = get_running_loop()
+        self.future: Future[None] = loop.create_future()
+        self._hub = hub_of(loop)
 
     def deliver(self) -> None:
         self._hub.post(self)

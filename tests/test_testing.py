@@ -1,0 +1,158 @@
+"""`aiojob.testing`: what engine authors test with."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from typing import Any
+
+import pytest
+
+from aiojob import (
+    JobStatus,
+    await_,
+    init_thread,
+    offload,
+    offload_async,
+    pause_blocked,
+    run_job,
+    start_job,
+)
+from aiojob.testing import Barrier, DummyEngine, Gate, nothing_left
+
+
+class OpError(Exception):
+    pass
+
+
+async def test_dummy_engine_pauses_each_call_once() -> None:
+    engine = DummyEngine()
+    assert await run_job(engine.call, divmod, 7, 2) == (3, 1)
+    result = start_job(None, None, engine.call, divmod, 7, 2)
+    assert result.status is JobStatus.PAUSE
+    assert result.job is not None
+    assert start_job(result.job, None).ret == (3, 1)
+    assert engine.calls == 2
+
+
+def test_dummy_engine_outside_a_job_calls_at_once() -> None:
+    assert DummyEngine().call(divmod, 7, 2) == (3, 1)
+
+
+async def test_held_calls_go_on_in_their_order_when_the_test_says_so() -> None:
+    engine = DummyEngine(hold=True)
+    ended: list[int] = []
+    jobs = [asyncio.create_task(run_job(engine.call, ended.append, n)) for n in range(3)]
+    await asyncio.sleep(0)
+    assert engine.pending == 3
+    engine.complete(1)
+    await jobs[0]
+    assert ended == [0]
+    engine.fail(OpError())
+    with pytest.raises(OpError):
+        await jobs[1]
+    engine.complete()
+    await jobs[2]
+    assert (ended, engine.pending, engine.calls) == ([0, 2], 0, 3)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_dummy_engine_counts_what_is_cancelled(hold: bool) -> None:
+    engine = DummyEngine(hold=hold)
+    result = start_job(None, None, engine.call, divmod, 7, 2)
+    assert engine.cancelled == 0
+    del result
+    assert (engine.cancelled, engine.pending) == (1, 0)
+
+
+async def test_gate_lets_all_through_when_it_opens() -> None:
+    gate = Gate()
+    jobs = [asyncio.create_task(run_job(gate.wait)) for _ in range(2)]
+    thread = offload_async(gate.wait)
+    await run_job(gate.reached, 3)
+    assert gate.waiting == 3
+    gate.open()
+    await asyncio.gather(*jobs, thread)
+    assert gate.waiting == 0
+    gate.wait()  # it stays open
+    gate.open()
+
+
+async def test_gate_that_does_not_open_times_out() -> None:
+    gate = Gate()
+    for wait in (gate.wait, gate.reached):
+        with pytest.raises(TimeoutError):
+            await run_job(lambda: wait(timeout=0.01))  # noqa: B023
+    assert gate.waiting == 0
+
+
+async def test_barrier_lets_all_go_on_when_the_last_has_come_and_again() -> None:
+    barrier = Barrier(3)
+    for _ in range(2):
+        parties = [run_job(barrier.wait), run_job(barrier.wait)]
+        results: list[Any] = await asyncio.gather(*parties, offload_async(barrier.wait))
+        assert sorted(results) == [0, 1, 2]
+
+
+async def test_party_that_gives_up_is_not_counted() -> None:
+    barrier = Barrier(2)
+    with pytest.raises(TimeoutError):
+        await run_job(barrier.wait, 0.01)
+    assert sorted(await asyncio.gather(run_job(barrier.wait), run_job(barrier.wait))) == [0, 1]
+
+
+def test_barrier_for_nobody_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one party"):
+        Barrier(0)
+
+
+def test_nothing_left_accepts_what_cleans_up() -> None:
+    with nothing_left():
+        offload(divmod, 7, 2)
+        with pause_blocked():
+            os.close(os.dup(0))
+
+
+def test_nothing_left_finds_an_fd() -> None:
+    with pytest.raises(AssertionError, match="fds were left behind"), nothing_left():
+        fd = os.dup(0)
+    os.close(fd)
+
+
+def test_nothing_left_finds_a_thread() -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    with pytest.raises(AssertionError, match="threads were left behind"), nothing_left():
+        thread.start()
+    stop.set()
+    thread.join()
+
+
+def test_nothing_left_finds_a_job() -> None:
+    with pytest.raises(AssertionError, match="1 job"), nothing_left():
+        result = start_job(None, None, DummyEngine(hold=True).call, divmod, 7, 2)
+    del result
+
+
+async def test_nothing_left_finds_a_waiter_for_the_pool() -> None:
+    init_thread(1)
+    blocker = asyncio.get_running_loop().create_future()
+    first = asyncio.create_task(run_job(await_, blocker))
+    await asyncio.sleep(0)
+    with pytest.raises(AssertionError, match="waits for the pool"), nothing_left():
+        second = asyncio.create_task(run_job(divmod, 7, 2))
+        await asyncio.sleep(0)
+    blocker.set_result(None)
+    await asyncio.gather(first, second)
+
+
+def test_nothing_left_finds_an_offloaded_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiojob.testing._GRACE", 0.01)
+    gate = Gate()
+    result = start_job(None, None, offload, gate.wait)
+    gate.reached()
+    with pytest.raises(AssertionError, match="still under way"), nothing_left():
+        pass
+    gate.open()
+    del result
