@@ -421,6 +421,12 @@ def test_wait_readable_times_out(environment: Environment, pipe: tuple[int, int]
             environment(lambda: wait_readable(pipe[0], timeout))  # noqa: B023
 
 
+def test_long_wait_polls_again(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiojob.engines._fds._LONGEST_POLL", 1)
+    with soon(os.write, pipe[1], b"x"):
+        wait_readable(pipe[0], 20)
+
+
 def fill(fd: int) -> None:
     try:
         while True:

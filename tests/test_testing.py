@@ -102,6 +102,17 @@ async def test_party_that_gives_up_is_not_counted() -> None:
     assert sorted(await asyncio.gather(run_job(barrier.wait), run_job(barrier.wait))) == [0, 1]
 
 
+async def test_party_that_is_cancelled_when_all_have_come_was_counted() -> None:
+    barrier = Barrier(2)
+    first = asyncio.create_task(run_job(barrier.wait))
+    await asyncio.sleep(0)
+    assert start_job(None, None, barrier.wait).ret == 1
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert sorted(await asyncio.gather(run_job(barrier.wait), run_job(barrier.wait))) == [0, 1]
+
+
 def test_barrier_for_nobody_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one party"):
         Barrier(0)

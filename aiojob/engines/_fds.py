@@ -101,10 +101,10 @@ def _block(fd: int, event: int, timeout: float | None) -> bool:
     if timeout is None:
         return _is_ready(fd, event, None)
     deadline = monotonic() + timeout
-    while not _is_ready(fd, event, min(_LONGEST_POLL, ceil((deadline - monotonic()) * 1000))):
-        if monotonic() >= deadline:
-            return False
-    return True
+    while (left := deadline - monotonic()) > 0:
+        if _is_ready(fd, event, min(ceil(left * 1000), _LONGEST_POLL)):
+            return True
+    return False
 
 
 _LONGEST_POLL: Final = 1 << 30

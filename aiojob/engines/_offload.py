@@ -322,23 +322,23 @@ class _Levels:
         """Begin without workers."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._limit = min(32, (cores or 1) + 4)
-        self._workers: list[Workers] = [Workers(0, self._limit)]
+        self._workers: dict[int, Workers] = {}
         self._changing = threading.Lock()
 
     def __iter__(self) -> Iterator[Workers]:
-        return iter(self._workers)
+        return iter(tuple(self._workers.values()))
 
     def __getitem__(self, level: int) -> Workers:
-        if level == len(self._workers):
+        try:
+            return self._workers[level]
+        except KeyError:
             with self._changing:
-                if level == len(self._workers):
-                    self._workers.append(Workers(level, self._limit))
-        return self._workers[level]
+                return self._workers.setdefault(level, Workers(level, self._limit))
 
     def resize(self, limit: int) -> None:
         with self._changing:
             self._limit = limit
-            for workers in self._workers:
+            for workers in self:
                 workers.resize(limit)
 
 

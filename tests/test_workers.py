@@ -1,0 +1,146 @@
+"""Worker threads: the races of their scheme, each forced."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aiojob.engines._kernel import TimerFd, WritableFd
+from aiojob.engines._workers import Worker, Workers
+from aiojob.testing import open_fds
+
+
+class NoCall:
+    def run(self) -> None:
+        raise AssertionError("not to be run")
+
+    deliver = run
+
+
+class SleepingWorker(Worker):
+    """A worker without a thread, whose waits do what a test says."""
+
+    def __init__(self, workers: Workers, *waits: Callable[[], bool]) -> None:
+        super().__init__(workers)
+        self.waits = list(waits)
+
+    def wait(self, seconds: float = -1) -> bool:
+        return self.waits.pop(0)()
+
+
+def test_wake_up_under_way_is_not_doubled() -> None:
+    workers = Workers(0, 2)
+    worker = Worker(workers)
+    workers._idle.append(worker)
+    workers._waking = True
+    workers._wake_one()
+    assert workers._idle == [worker]
+
+
+def test_wake_up_that_finds_nobody_idle_is_not_under_way() -> None:
+    workers = Workers(0, 2)
+    workers._wake_one()
+    assert not workers._waking
+
+
+def test_worker_chosen_when_its_idle_time_ends_waits_for_the_wake_up() -> None:
+    workers = Workers(0, 2)
+
+    def chosen_meanwhile() -> bool:
+        workers._wake_one()
+        return False
+
+    worker = SleepingWorker(workers, chosen_meanwhile, lambda: True)
+    assert workers._rest(worker)
+    assert (worker.waits, workers._idle, workers._waking) == ([], [], False)
+
+
+def test_worker_whose_wake_up_was_interrupted_goes_on() -> None:
+    workers = Workers(0, 2)
+
+    def chosen_but_not_woken() -> bool:
+        workers._idle.pop()
+        workers._waking = True
+        return False
+
+    assert workers._rest(SleepingWorker(workers, chosen_but_not_woken, lambda: False))
+    assert not workers._waking
+
+
+def test_worker_that_goes_idle_sees_a_call_that_came_just_before() -> None:
+    workers = Workers(0, 2)
+    workers._calls.append(NoCall())
+    assert workers._rest(SleepingWorker(workers))
+    assert workers._idle == []
+
+
+def test_worker_that_goes_idle_sees_a_limit_that_was_lowered_just_before() -> None:
+    workers = Workers(0, 1)
+    worker = SleepingWorker(workers)
+    workers._workers = (worker, Worker(workers))
+    assert not workers._rest(worker)
+    assert len(workers.threads) == 1
+
+
+def test_worker_that_ends_stays_for_a_call_that_came_meanwhile() -> None:
+    workers = Workers(0, 2)
+    worker = Worker(workers)
+    worker.finished = 3
+    workers._workers = (worker,)
+    workers._calls.append(NoCall())
+    assert not workers._end(worker)
+    assert (workers.threads, workers._finished) == ((worker,), 0)
+    workers._calls.clear()
+    assert workers._end(worker)
+    assert (workers.threads, workers._finished) == ((), 3)
+
+
+def test_no_worker_is_started_if_enough_were_started_meanwhile() -> None:
+    workers = Workers(0, 2)
+    worker = Worker(workers)
+    workers._workers = (worker,)
+    workers._grow(1, NoCall())
+    assert workers.threads == (worker,)
+
+
+def test_call_that_no_thread_could_be_had_for_counts_as_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Worker, "start", refuse)
+    workers = Workers(0, 2)
+    with pytest.raises(RuntimeError, match="new thread"):
+        workers.submit(NoCall())
+    assert (list(workers._calls), workers._unfinished(1)) == ([], 0)
+
+
+# -- the fds that engines make
+
+
+def test_timer_without_an_fd_to_be_had_is_an_error() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(0)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_fds()) + 1, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.dup(0))
+        with pytest.raises(OSError, match="Too many open files"):
+            TimerFd(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+
+
+def test_room_to_write_of_a_closed_fd_is_an_error_and_leaves_nothing() -> None:
+    fd = os.dup(0)
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        WritableFd(fd + 100)
