@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +65,38 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         if hasattr(request.node, "rep_call") and request.node.rep_call.failed:
             stack.pop_all()  # its frames hold what they held
     aiojob.cleanup_thread()
+
+
+def postgres_programs() -> Path | None:
+    """Return the directory of PostgreSQL's programs, which Debian does not put on the path."""
+    if found := shutil.which("initdb"):
+        return Path(found).parent
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return installed[-1].parent if installed else None
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The address of a PostgreSQL server that serves 250 connections, for the tests alone."""
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("needs PostgreSQL's server: initdb was not found")
+    user = "postgres" if os.geteuid() == 0 else None  # it refuses to be root
+    with tempfile.TemporaryDirectory(prefix="aiojob-", ignore_cleanup_errors=True) as directory:
+        if user is not None:
+            shutil.chown(directory, user)
+
+        def run(program: str, *arguments: str) -> None:
+            command = [str(programs / program), "-D", f"{directory}/data", *arguments]
+            subprocess.run(command, user=user, cwd=directory, check=True, stdout=subprocess.DEVNULL)
+
+        run("initdb", "-A", "trust", "-U", "postgres", "--no-sync")
+        options = f"-k {directory} -c listen_addresses= -c max_connections=250 -c fsync=off"
+        run("pg_ctl", "start", "-w", "-o", options, "-l", f"{directory}/log")
+        try:
+            yield f"host={directory} user=postgres dbname=postgres"
+        finally:
+            run("pg_ctl", "stop", "-m", "immediate")
 
 
 class _Errors(logging.Handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -41,10 +42,20 @@ def expected_output(example: Path) -> str:
     return "".join(f"{line[4:]}\n" for line in lines)
 
 
-def check(example: Path, *program: str) -> None:
+@pytest.fixture
+def environment(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The variables that the example of the test needs."""
+    variables = dict(os.environ)
+    if "AIOJOB_POSTGRES" in request.node.callspec.params["example"].read_text():
+        variables["AIOJOB_POSTGRES"] = request.getfixturevalue("postgres")
+    return variables
+
+
+def check(example: Path, environment: dict[str, str], *program: str) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", *program],
         stdin=subprocess.DEVNULL,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -56,13 +67,13 @@ def check(example: Path, *program: str) -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_prints_what_its_docstring_says(example: Path) -> None:
-    check(example, str(example))
+def test_example_prints_what_its_docstring_says(example: Path, environment: dict[str, str]) -> None:
+    check(example, environment, str(example))
 
 
 @pytest.mark.parametrize("example", LOOP_NEUTRAL, ids=lambda path: path.stem)
-def test_example_prints_the_same_on_uvloop(example: Path) -> None:
-    check(example, "-c", ON_UVLOOP, str(example))
+def test_example_prints_the_same_on_uvloop(example: Path, environment: dict[str, str]) -> None:
+    check(example, environment, "-c", ON_UVLOOP, str(example))
 
 
 def test_examples_of_both_kinds_are_found() -> None:
