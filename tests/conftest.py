@@ -62,8 +62,9 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(nothing_left())
         yield
-        if hasattr(request.node, "rep_call") and request.node.rep_call.failed:
-            stack.pop_all()  # its frames hold what they held
+        failed = hasattr(request.node, "rep_call") and request.node.rep_call.failed
+        if failed or request.node.get_closest_marker("background_fds"):
+            stack.pop_all()  # the frames of a failed test hold what they held
     aiojob.cleanup_thread()
 
 
