@@ -49,13 +49,15 @@ class DummyEngine:
         hold: Whether calls wait for `complete` or `fail`.
     """
 
+    calls: int
+    """How many calls there were."""
+    cancelled: int
+    """How many of them were given up by their callers, by an exception at the pause."""
+
     def __init__(self, *, hold: bool = False) -> None:
+        self.calls = self.cancelled = 0
         self._hold = hold
         self._held: deque[Completion[None]] = deque()
-        self.calls = 0
-        """How many calls there were."""
-        self.cancelled = 0
-        """How many of them were given up by their callers, by an exception at the pause."""
 
     @property
     def pending(self) -> int:
