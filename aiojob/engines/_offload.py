@@ -316,12 +316,12 @@ class _Levels:
     """The workers of each level; those of level 1 run calls that come from workers of level 0."""
 
     def __init__(self) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._limit = min(32, (cores or 1) + 4)
         self.forget()
 
     def forget(self) -> None:
-        """Begin without workers."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._limit = min(32, (cores or 1) + 4)
+        """Begin without workers: a forked process has none."""
         self._workers: dict[int, Workers] = {}
         self._changing = threading.Lock()
 
@@ -350,7 +350,7 @@ def all_workers() -> Iterator[Workers]:
     return iter(_levels)
 
 
-os.register_at_fork(after_in_child=_levels.forget)  # threads don't come along
+os.register_at_fork(after_in_child=_levels.forget)
 
 
 def _workers() -> Workers:
