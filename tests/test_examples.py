@@ -47,6 +47,7 @@ def environment(request: pytest.FixtureRequest) -> dict[str, str]:
     """The variables that the example of the test needs."""
     variables = dict(os.environ)
     if "AIOJOB_POSTGRES" in request.node.callspec.params["example"].read_text():
+        pytest.importorskip("psycopg2")
         variables["AIOJOB_POSTGRES"] = request.getfixturevalue("postgres")
     return variables
 

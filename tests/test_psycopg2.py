@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-import psycopg2
 import pytest
+
+pytest.importorskip("psycopg2")
+
+import psycopg2
 from psycopg2.extensions import POLL_OK, POLL_READ, connection, set_wait_callback
 
 from aiojob import pause_blocked, run_job, wait_readable, wait_writable
@@ -40,6 +44,7 @@ def query(dsn: str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
 
 async def test_queries_in_jobs_are_all_under_way_at_once_on_one_thread(postgres: str) -> None:
     """Each waits for a lock that is released when the server says that all of them wait."""
+    threads = threading.active_count()
     with closing(psycopg2.connect(postgres)) as conn, conn.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
         sql = "SELECT pg_advisory_lock_shared(%s), %s::int"
@@ -55,6 +60,9 @@ async def test_queries_in_jobs_are_all_under_way_at_once_on_one_thread(postgres:
                 (LOCK,),
             )
             ((waiting,),) = cursor.fetchall()
+            for job in filter(asyncio.Task.done, jobs):
+                job.result()  # none can be done but by an error
+        assert threading.active_count() <= threads
         cursor.execute("SELECT pg_advisory_unlock(%s)", (LOCK,))
         results = await asyncio.gather(*jobs)
     assert [number for ((_, number),) in results] == [*range(CONNECTIONS)]
@@ -103,17 +111,17 @@ async def test_cancelled_query_closes_its_connection_and_leaves_others_alone(
             cursor.execute("SELECT pg_sleep(30)")
 
     task = asyncio.create_task(run_job(job))
-    while not await run_job(
-        query, postgres, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    sleeping = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    while not (
+        connections
+        and (connections[0].info.backend_pid,) in await run_job(query, postgres, sleeping)
     ):
-        pass
+        await asyncio.sleep(0)
+    pid = connections[0].info.backend_pid
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert connections[0].closed
-    await run_job(
-        query,
-        postgres,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'",
-    )
+    # The server notices only when the query ends.
+    await run_job(query, postgres, "SELECT pg_terminate_backend(%s)", pid)
     assert await run_job(query, postgres, "SELECT 1") == [(1,)]

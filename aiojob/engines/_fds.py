@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import select
 from math import ceil
+from selectors import EVENT_READ, EVENT_WRITE
 from time import monotonic
 from typing import Final, Protocol
 
@@ -49,7 +50,7 @@ def wait_readable(fd: int | HasFileno, timeout: float | None = None) -> None:
         TimeoutError: There was nothing in time.
         WaitFdError: The fd is closed, or the event loop cannot watch it.
     """
-    _wait(fd, select.POLLIN, timeout)
+    _wait(fd, EVENT_READ, timeout)
 
 
 def wait_writable(fd: int | HasFileno, timeout: float | None = None) -> None:
@@ -68,7 +69,7 @@ def wait_writable(fd: int | HasFileno, timeout: float | None = None) -> None:
         TimeoutError: There was no room in time.
         WaitFdError: The fd is closed, or cannot be watched.
     """
-    _wait(fd, select.POLLOUT, timeout)
+    _wait(fd, EVENT_WRITE, timeout)
 
 
 def _wait(fd: int | HasFileno, event: int, timeout: float | None) -> None:
@@ -84,12 +85,12 @@ def _wait(fd: int | HasFileno, event: int, timeout: float | None) -> None:
         raise TimeoutError(f"fd {number} was not {_NAMES[event]} within {timeout} s")
 
 
-_NAMES: Final = {select.POLLIN: "readable", select.POLLOUT: "writable"}
+_NAMES: Final = {EVENT_READ: "readable", EVENT_WRITE: "writable"}
 
 
 def _is_ready(fd: int, event: int, milliseconds: int | None) -> bool:
     poll = select.poll()
-    poll.register(fd, event)
+    poll.register(fd, select.POLLIN if event == EVENT_READ else select.POLLOUT)
     for _, seen in poll.poll(milliseconds):
         if seen & select.POLLNVAL:
             raise WaitFdError(errno.EBADF, f"fd {fd} cannot be waited for: it is closed")
@@ -112,7 +113,7 @@ _LONGEST_POLL: Final = 1 << 30
 
 
 def _pause(fd: int, event: int, timeout: float | None) -> bool:
-    if event == select.POLLIN:
+    if event == EVENT_READ:
         return _pause_watching(fd, fd, event, timeout)
     writable = WritableFd(fd)
     try:

@@ -350,7 +350,8 @@ def all_workers() -> Iterator[Workers]:
     return iter(_levels)
 
 
-os.register_at_fork(after_in_child=_levels.forget)
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_levels.forget)
 
 
 def _workers() -> Workers:
