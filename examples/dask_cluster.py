@@ -39,9 +39,14 @@ async def main(cluster: Executor) -> None:
 if __name__ == "__main__":
     with (
         LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+            n_workers=2,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",  # any free port; None would be 8787, for everybody
+            worker_dashboard_address="127.0.0.1:0",
         ) as local,
         Client(local) as client,  # type: ignore[no-untyped-call]
-        client.get_executor() as executor,
+        # Dask takes equal calls for one unless told: cancelling one job would cancel them all.
+        client.get_executor(pure=False) as executor,
     ):
         asyncio.run(main(executor))
