@@ -311,3 +311,10 @@ async def test_late_result_of_an_executor_for_a_cancelled_future_is_dropped(
     gate.open()
     await offload_async(ended.wait)
     await offload_async(divmod, 7, 2, executor=threads)
+
+
+async def test_keyword_arguments_are_the_functions_own(executor: Executor) -> None:
+    def call(executor: Executor) -> Any:
+        return offload(dict, key="k", retries=1, executor=executor)
+
+    assert await run_job(call, executor) == {"key": "k", "retries": 1}

@@ -46,7 +46,10 @@ def wait_future(future: concurrent.futures.Future[T] | asyncio.Future[T], /) -> 
         TypeError: That is neither kind of future.
     """
     if isinstance(future, concurrent.futures.Future):
-        return _wait_concurrent(future)
+        try:
+            return _wait_concurrent(future)
+        finally:
+            del future  # what it raises holds this frame
     if asyncio.isfuture(future):
         return _wait_asyncio(future)
     raise TypeError(
@@ -60,7 +63,10 @@ def _wait_concurrent(future: concurrent.futures.Future[T]) -> T:
         completion: Completion[None] = Completion(on_cancel=future.cancel)
         future.add_done_callback(lambda _: completion.set_result(None))
         completion.wait()
-    return future.result()
+    try:
+        return future.result()
+    finally:
+        del future  # what it raises holds this frame
 
 
 def _wait_asyncio(future: asyncio.Future[T]) -> T:

@@ -9,6 +9,7 @@ from asyncio import Future, get_running_loop
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextvars import copy_context
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 from .._job import can_await
@@ -53,8 +54,8 @@ def offload(  # type: ignore[misc]
     Args:
         func: Any callable. What it raises is raised here, with its traceback.
         executor: None for aiojob's worker threads, or any executor of `concurrent.futures`: a
-            process pool, Dask's ``client.get_executor()``. Context variables travel to threads
-            alone. (To pass an argument of that name on, use `functools.partial`.)
+            process pool, Dask's ``client.get_executor(pure=False)``. Context variables travel to
+            threads alone. (To pass an argument of that name on, use `functools.partial`.)
 
     Raises:
         BaseException: What the function raises.
@@ -270,7 +271,9 @@ def _submit(
 ) -> concurrent.futures.Future[Any]:
     if _runs_in_threads(executor):
         return executor.submit(copy_context().run, func, *args, **kwargs)
-    return executor.submit(func, *args, **kwargs)
+    if kwargs:  # some executors, Dask's for one, take keyword arguments for themselves
+        func = partial(func, **kwargs)
+    return executor.submit(func, *args)
 
 
 def _runs_in_threads(executor: Executor) -> bool:
