@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import queue
 import resource
+import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from aiojob.engines._kernel import TimerFd, WritableFd
-from aiojob.engines._workers import Worker, Workers
+from aiojob.engines._workers import Call, Worker, Workers
 from aiojob.testing import open_fds
 
 
@@ -89,22 +93,56 @@ def test_worker_that_goes_idle_sees_a_limit_that_was_lowered_just_before() -> No
 def test_worker_that_ends_stays_for_a_call_that_came_meanwhile() -> None:
     workers = Workers(0, 2)
     worker = Worker(workers)
-    worker.finished = 3
     workers._workers = (worker,)
     workers._calls.append(NoCall())
     assert not workers._end(worker)
-    assert (workers.threads, workers._finished) == ((worker,), 0)
+    assert workers.threads == (worker,)
     workers._calls.clear()
     assert workers._end(worker)
-    assert (workers.threads, workers._finished) == ((), 3)
+    assert not workers.threads
 
 
 def test_no_worker_is_started_if_enough_were_started_meanwhile() -> None:
     workers = Workers(0, 2)
     worker = Worker(workers)
     workers._workers = (worker,)
-    workers._grow(1, NoCall())
+    workers._grow(NoCall())
     assert workers.threads == (worker,)
+
+
+class MeetingCall(NoCall):
+    """A call that ends when another one runs at the same time."""
+
+    def __init__(self, barrier: threading.Barrier, results: queue.SimpleQueue[bool]) -> None:
+        self._barrier = barrier
+        self._results = results
+        self._met = False
+
+    def run(self) -> None:
+        with suppress(threading.BrokenBarrierError):
+            self._barrier.wait(20)
+            self._met = True
+
+    def deliver(self) -> None:
+        self._results.put(self._met)
+
+
+def test_submit_interrupted_by_another_one_still_starts_its_worker() -> None:
+    """The one that began first compares last, and has to count both calls."""
+    workers = Workers(0, 2)
+    barrier, results = threading.Barrier(2), queue.SimpleQueue[bool]()
+    calls = [MeetingCall(barrier, results) for _ in range(2)]
+
+    class Interrupted(deque[Call]):
+        def append(self, call: Call) -> None:
+            if call is calls[0]:
+                workers.submit(calls[1])
+            super().append(call)
+
+    workers._calls = Interrupted()
+    workers.submit(calls[0])
+    assert [results.get(), results.get()] == [True, True]
+    assert not workers.end(20)
 
 
 def test_call_that_no_thread_could_be_had_for_counts_as_finished(
@@ -117,7 +155,7 @@ def test_call_that_no_thread_could_be_had_for_counts_as_finished(
     workers = Workers(0, 2)
     with pytest.raises(RuntimeError, match="new thread"):
         workers.submit(NoCall())
-    assert (list(workers._calls), workers._unfinished(1)) == ([], 0)
+    assert (list(workers._calls), workers._unfinished) == ([], set())
 
 
 # -- the fds that engines make

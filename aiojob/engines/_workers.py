@@ -9,6 +9,8 @@ there are as many threads as unfinished calls, up to the limit. Each call is run
 
 Each of these races is won by the same means, to write first and to look then:
 
+- A submit adds its call to the unfinished ones, then compares their number with the workers'; of
+  two submits at a time, the one that compares last counts both calls.
 - A submit appends its call, then looks for idle workers; a worker enters the idle ones, then
   looks for calls.
 - A submit appends its call, then counts the workers; a worker that ends leaves their number, then
@@ -24,7 +26,6 @@ from __future__ import annotations
 import threading
 from _thread import allocate_lock
 from collections import deque
-from itertools import count
 from time import monotonic
 from typing import Final, Protocol
 
@@ -47,7 +48,6 @@ class Call(Protocol):
 class Worker(threading.Thread):
     """A thread that runs calls.
 
-    finished: how many it has run.
     level: of how many nested offloads its calls are; see `Workers`.
     """
 
@@ -55,7 +55,6 @@ class Worker(threading.Thread):
         # A daemon: an interpreter that exits does not wait for a call that nobody waits for.
         super().__init__(name="aiojob worker", daemon=True)
         self.level = workers.level
-        self.finished = 0
         self._workers = workers
         self._woken = allocate_lock()
         self._woken.acquire()
@@ -85,10 +84,9 @@ class Workers:
         self._calls: deque[Call] = deque()
         self._idle: list[Worker] = []
         self._waking = False
-        self._submitted = count(1)
-        self._finished = 0  # by workers that have ended
+        self._unfinished: set[Call] = set()
         self._workers: tuple[Worker, ...] = ()
-        self._changing = allocate_lock()  # of _workers and _finished
+        self._changing = allocate_lock()  # of _workers
 
     @property
     def threads(self) -> tuple[Worker, ...]:
@@ -101,24 +99,19 @@ class Workers:
         Raises:
             RuntimeError: There is no worker, and no thread can be started.
         """
-        number = next(self._submitted)
+        self._unfinished.add(call)
         self._calls.append(call)
         if self._idle:
             self._wake_one()
-        if len(self._workers) < self.limit and self._unfinished(number) > len(self._workers):
-            self._grow(number, call)
+        if self._lacks_workers():
+            self._grow(call)
 
-    def _unfinished(self, submitted: int) -> int:
-        # In this order, what a worker that ends at this moment has finished may be missed, but
-        # is not counted twice: a thread too many is harmless, one too few is not.
-        finished = self._finished
-        for worker in self._workers:
-            finished += worker.finished
-        return submitted - finished
+    def _lacks_workers(self) -> bool:
+        return len(self._workers) < min(self.limit, len(self._unfinished))
 
-    def _grow(self, submitted: int, call: Call) -> None:
+    def _grow(self, call: Call) -> None:
         with self._changing:
-            if len(self._workers) >= min(self.limit, self._unfinished(submitted)):
+            if not self._lacks_workers():
                 return
             try:
                 self._start_worker()
@@ -126,7 +119,7 @@ class Workers:
                 if self._workers:
                     return  # the others will come to it
                 self._calls.remove(call)
-                self._finished += 1
+                self._unfinished.remove(call)
                 raise
 
     def _start_worker(self) -> None:
@@ -158,7 +151,7 @@ class Workers:
             if self._calls and self._idle:
                 self._wake_one()
             call.run()
-            worker.finished += 1  # before anybody can learn of it, and submit another
+            self._unfinished.remove(call)  # before anybody can learn of it, and submit another
             call.deliver()
             del call
 
@@ -186,10 +179,8 @@ class Workers:
         """Take a worker out that is not idle; say whether it may end."""
         with self._changing:
             self._workers = tuple(other for other in self._workers if other is not worker)
-            self._finished += worker.finished
             if not self._calls or len(self._workers) >= self.limit:
                 return True
-            self._finished -= worker.finished
             self._workers = (*self._workers, worker)
             return False
 
