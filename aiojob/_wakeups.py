@@ -27,7 +27,7 @@ from ._errors import EngineError, WaitFdError
 from ._fibre import Pool
 from ._waitctx import WaitCtx, WaitFd, WaitStatus
 
-__all__ = ["NEXT_ITERATION", "Hub", "Waker", "attach", "current_hub", "hub_of", "loop_runs"]
+__all__ = ["NEXT_ITERATION", "Hub", "Waker", "attach", "current_hub", "loop_runs"]
 
 logger = logging.getLogger("aiojob")
 
@@ -346,35 +346,17 @@ def _unwatchable(ctx: WaitCtx, entry: WaitFd, error: Exception) -> WaitFdError:
     return WaitFdError(error.errno, f"{what}: {error.strerror}")
 
 
-class _Last:
-    """The hub that was asked for last: loops are compared faster than looked up."""
-
-    __slots__ = ("hub",)
-
-    hub: Hub | None
-
-
-_last = _Last()
-_last.hub = None
 _hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
 
 
 def current_hub() -> Hub:
     """Return the hub of the running event loop, made when first asked for."""
-    return hub_of(get_running_loop())
-
-
-def hub_of(loop: asyncio.AbstractEventLoop) -> Hub:
-    """Return the hub of an event loop that runs in this thread."""
-    hub = _last.hub
-    if hub is not None and hub.loop is loop:
-        return hub
+    loop = get_running_loop()
     try:
-        hub = _hubs[loop]
+        return _hubs[loop]
     except KeyError:
         hub = _hubs[loop] = Hub(loop)
-    _last.hub = hub
-    return hub
+        return hub
 
 
 def loop_runs() -> bool:

@@ -11,9 +11,10 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, ParamSpec, TypeVar
 
+from ._errors import JobError
 from ._fibre import pool_of_thread
 from ._job import can_pause, get_wait_ctx, pause_job
 from .engines._completion import Completion
@@ -152,9 +153,7 @@ class Gate:
 
     def open(self) -> None:
         """Let all through that wait, and all that come later. Any thread may call this."""
-        with self._lock:
-            if self._opened.done():
-                return
+        with suppress(JobError):  # it is open
             self._opened.set_result(None)
 
     def reached(self, count: int = 1, timeout: float | None = None) -> None:

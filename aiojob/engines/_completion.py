@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from _thread import allocate_lock
 from collections.abc import Callable
+from contextlib import closing
 from typing import Generic, TypeVar
 
 from .._errors import JobError
@@ -130,11 +131,8 @@ class Completion(Generic[T]):
 
     def _pause(self, timeout: float | None) -> None:
         ctx = get_wait_ctx()
-        alarm = alarm_of(ctx, timeout)
-        try:
+        with closing(alarm_of(ctx, timeout)) as alarm:
             self._pause_until(alarm, wake_up_of(ctx, timeout), timeout)
-        finally:
-            alarm.close()
 
     def _pause_until(self, alarm: Alarm, wake_up: WakeUp, timeout: float | None) -> None:
         self._wakes.append(wake_up.wake)

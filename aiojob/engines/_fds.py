@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import select
+from contextlib import closing
 from math import ceil
 from selectors import EVENT_READ, EVENT_WRITE
 from time import monotonic
@@ -11,9 +12,8 @@ from typing import Final, Protocol
 
 from .._errors import WaitFdError
 from .._job import can_pause, get_wait_ctx, pause_job
-from .._waitctx import WaitStatus
 from ._kernel import WritableFd
-from ._pauses import alarm_of, check_seconds
+from ._pauses import alarm_of, check_seconds, watching_fds
 
 __all__ = ["HasFileno", "wait_readable", "wait_writable"]
 
@@ -115,27 +115,21 @@ _LONGEST_POLL: Final = 1 << 30
 def _pause(fd: int, event: int, timeout: float | None) -> bool:
     if event == EVENT_READ:
         return _pause_watching(fd, fd, event, timeout)
-    writable = WritableFd(fd)
-    try:
+    with closing(WritableFd(fd)) as writable:
         return _pause_watching(writable.fd, fd, event, timeout)
-    finally:
-        writable.close()
 
 
 def _pause_watching(watched: int, fd: int, event: int, timeout: float | None) -> bool:
     """Pause until the event is there, which makes `watched` readable; False if it is too late."""
     ctx = get_wait_ctx()
     key = object()
-    before, ctx.status = ctx.status, WaitStatus.UNSUPPORTED  # no callback is to come
-    alarm = alarm_of(ctx, timeout)
-    ctx.set_wait_fd(key, watched)
-    try:
-        while not alarm.is_due():
-            pause_job()
-            if _is_ready(fd, event, 0):
-                return True
-        return False
-    finally:
-        ctx.clear_fd(key)
-        alarm.close()
-        ctx.status = before
+    with watching_fds(ctx), closing(alarm_of(ctx, timeout)) as alarm:
+        ctx.set_wait_fd(key, watched)
+        try:
+            while not alarm.is_due():
+                pause_job()
+                if _is_ready(fd, event, 0):
+                    return True
+            return False
+        finally:
+            ctx.clear_fd(key)

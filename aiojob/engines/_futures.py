@@ -7,11 +7,10 @@ import concurrent.futures
 from typing import Any, TypeVar, overload
 
 from .._errors import CannotPauseError
-from .._job import can_pause
+from .._job import can_await
 from .._run import await_
 from .._wakeups import loop_runs
 from ._completion import Completion
-from ._pauses import has_event_loop
 
 __all__ = ["wait_future"]
 
@@ -74,7 +73,7 @@ def _wait_asyncio(future: asyncio.Future[T]) -> T:
         return future.result()
     loop = future.get_loop()
     if loop_runs() and loop is asyncio.get_running_loop():
-        if can_pause() and has_event_loop():
+        if can_await():
             return await_(future)
         raise CannotPauseError(
             f"wait_future({future!r}): it needs this thread's event loop, which nothing gives way "

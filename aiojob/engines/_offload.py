@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
+from abc import ABC, abstractmethod
 from asyncio import Future, get_running_loop
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -14,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from .._job import can_await
 from .._run import await_
-from .._wakeups import current_hub, hub_of
+from .._wakeups import current_hub
 from ._completion import Completion
 from ._futures import wait_future
 from ._workers import Worker, Workers
@@ -94,12 +95,13 @@ def offload_async(  # type: ignore[misc]
         RuntimeError: No event loop is running here, no thread can be started, or the executor
             was shut down. As from any future, a `StopIteration` comes as a `RuntimeError`.
     """
-    future = get_running_loop().create_future()
     if executor is not None:
+        future = get_running_loop().create_future()
         _Relay(future).follow(_submit(executor, func, args, kwargs))
-    else:
-        _workers().submit(_AsyncCall(future, func, args, kwargs))
-    return future
+        return future
+    call = _AsyncCall(func, args, kwargs)
+    _workers().submit(call)
+    return call.future
 
 
 def set_offload_threads(limit: int) -> None:
@@ -181,8 +183,8 @@ class _BlockingCall(_Call):
         self.completion.set_result(None)
 
 
-class _JobCall(_Call):
-    """A call that a job waits for whose driver awaits the future."""
+class _LoopCall(_Call, ABC):
+    """A call that the running event loop is told of, for somebody who awaits the future."""
 
     __slots__ = ("_hub", "future")
 
@@ -190,45 +192,38 @@ class _JobCall(_Call):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         super().__init__(func, args, kwargs)
-        loop = get_running_loop()
-        self.future: Future[None] = loop.create_future()
-        self._hub = hub_of(loop)
+        self.future: Future[Any] = get_running_loop().create_future()
+        self._hub = current_hub()
 
     def deliver(self) -> None:
         self._hub.post(self)
 
+    @abstractmethod
     def wake(self) -> None:
-        """Take the call home, in the loop's thread."""
+        """Hand the call over, in the loop's thread."""
+
+
+class _JobCall(_LoopCall):
+    """A call that a job waits for: it takes the outcome from the call."""
+
+    __slots__ = ()
+
+    def wake(self) -> None:
         if not self.future.done():
             self.future.set_result(None)
 
 
-class _AsyncCall(_Call):
-    """A call that a coroutine waits for."""
+class _AsyncCall(_LoopCall):
+    """A call that a coroutine waits for: it takes the outcome from the future."""
 
-    __slots__ = ("_future", "_hub")
-
-    def __init__(
-        self,
-        future: Future[Any],
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        super().__init__(func, args, kwargs)
-        self._future = future
-        self._hub = current_hub()
+    __slots__ = ()
 
     def run(self) -> None:
-        self.is_dropped = self._future.cancelled()
+        self.is_dropped = self.future.cancelled()
         super().run()
 
-    def deliver(self) -> None:
-        self._hub.post(self)
-
     def wake(self) -> None:
-        """Hand the result over, in the loop's thread."""
-        _settle(self._future, self._value, self._error)
+        _settle(self.future, self._value, self._error)
         self._error = None  # its traceback may hold who holds this
 
 

@@ -8,17 +8,18 @@ woken exists twice here, and `wake_up_of` and `alarm_of` choose.
 from __future__ import annotations
 
 from asyncio import get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import isnan
 from time import monotonic
 from typing import Any, Final, Protocol
 
-from .._fibre import current_fibre
+from .._job import can_await
 from .._waitctx import Callback, WaitCtx, WaitStatus
 from ._kernel import Signal, TimerFd
 
-__all__ = ["Alarm", "WakeUp", "alarm_of", "check_seconds", "wake_up_of"]
+__all__ = ["Alarm", "WakeUp", "alarm_of", "check_seconds", "wake_up_of", "watching_fds"]
 
 
 class WakeUp(Protocol):
@@ -154,7 +155,7 @@ def wake_up_of(ctx: WaitCtx, seconds: float | None = None) -> WakeUp:
     """Return how others wake the running job, which waits for no longer than `seconds`."""
     callback = ctx.get_callback()
     # A hand-written loop need not watch fds while a callback is promised; an alarm has to be one.
-    if callback is None or (seconds is not None and not has_event_loop()):
+    if callback is None or (seconds is not None and not can_await()):
         return BySignal(ctx)
     return ByCallback(ctx, callback)
 
@@ -163,13 +164,17 @@ def alarm_of(ctx: WaitCtx, seconds: float | None) -> Alarm:
     """Have the running job's pauses end after so many seconds, None for never."""
     if seconds is None:
         return NO_ALARM
-    return LoopAlarm(ctx, seconds) if has_event_loop() else FdAlarm(ctx, seconds)
+    return LoopAlarm(ctx, seconds) if can_await() else FdAlarm(ctx, seconds)
 
 
-def has_event_loop() -> bool:
-    """Return whether an event loop drives the running job, not a hand-written one."""
-    fibre = current_fibre()
-    return fibre is not None and fibre.attach is not None
+@contextmanager
+def watching_fds(ctx: WaitCtx) -> Iterator[None]:
+    """Have the driver watch the fds of a wait context: no callback is promised meanwhile."""
+    before, ctx.status = ctx.status, WaitStatus.UNSUPPORTED
+    try:
+        yield
+    finally:
+        ctx.status = before
 
 
 def check_seconds(name: str, seconds: float) -> None:

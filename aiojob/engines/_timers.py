@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import closing
 
-from .._job import can_pause, get_wait_ctx, pause_job
+from .._job import can_await, can_pause, get_wait_ctx, pause_job
 from .._run import await_
-from .._waitctx import WaitStatus
-from ._pauses import alarm_of, check_seconds, has_event_loop
+from ._pauses import alarm_of, check_seconds, watching_fds
 
 __all__ = ["sleep"]
 
@@ -31,21 +31,16 @@ def sleep(seconds: float) -> None:
         ValueError: It is negative, or longer than thirty years.
     """
     check_seconds("seconds", seconds)
-    if not can_pause():
-        time.sleep(seconds)
-    elif has_event_loop():
+    if can_await():
         await_(asyncio.sleep(seconds))
-    else:
+    elif can_pause():
         _pause_for_fd(seconds)
+    else:
+        time.sleep(seconds)
 
 
 def _pause_for_fd(seconds: float) -> None:
     ctx = get_wait_ctx()
-    before, ctx.status = ctx.status, WaitStatus.UNSUPPORTED
-    alarm = alarm_of(ctx, seconds)
-    try:
+    with watching_fds(ctx), closing(alarm_of(ctx, seconds)) as alarm:
         while not alarm.is_due():
             pause_job()
-    finally:
-        alarm.close()
-        ctx.status = before
