@@ -15,15 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from . import jobs, scale
-from .measure import Result, measure
+from .measure import LOOPS, Result, measure
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 ROUNDS, QUICK_ROUNDS = 200, 60
 
 

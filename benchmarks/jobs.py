@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 import awaitlet  # type: ignore[import-untyped]
@@ -140,15 +141,10 @@ def in_jobs(
 
 
 def gathered(spawn: Spawn, job: Callable[[int], None], jobs: int) -> Contender:
-    async def contender(count: int) -> None:
-        await asyncio.gather(*(spawn(job, count // jobs) for _ in range(jobs)))
-
-    return contender
+    return gathered_coroutines(partial(spawn, job), jobs)
 
 
-def gathered_coroutines(
-    coroutine: Callable[[int], Coroutine[Any, Any, None]], number: int
-) -> Contender:
+def gathered_coroutines(coroutine: Callable[[int], Awaitable[None]], number: int) -> Contender:
     async def contender(count: int) -> None:
         await asyncio.gather(*(coroutine(count // number) for _ in range(number)))
 

@@ -6,12 +6,17 @@ machine does meanwhile hits all alike. A figure is the best round's; a ratio is 
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import statistics
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
+
+import uvloop
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 Contender = Callable[[int], Awaitable[None]]
 """Does an operation so many times."""

@@ -18,16 +18,14 @@ from time import perf_counter
 from typing import Any
 
 import psutil
-import uvloop
 from rich.progress import Progress
 from sqlalchemy.util import await_only, greenlet_spawn
 
 import aiojob
 
-from .measure import Result, result_of
+from .measure import LOOPS, Result, result_of
 
 GROUPS = ("scale", "depth")
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 CONTENDERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "aiojob": (aiojob.run_job, aiojob.await_),
     "sqlalchemy": (greenlet_spawn, await_only),

@@ -22,13 +22,13 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
-import uvloop
 
 import aiojob
 from aiojob.engines._offload import all_workers
 from aiojob.testing import nothing_left
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+from .measure import LOOPS
+
 SILENCE = 30.0
 """Seconds without progress after which all stacks are shown and the program ends."""
 TASKS = 30
@@ -42,9 +42,8 @@ class OffloadedError(Exception):
 class Soak:
     """One run: what its threads share."""
 
-    def __init__(self, seconds: float, seed: int) -> None:
+    def __init__(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
-        self.seed = seed
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         self._lock = threading.Lock()
@@ -177,7 +176,7 @@ def disturbing(soak: Soak, chance: random.Random) -> None:
 
 def soaked(seconds: float, loops: list[str], seed: int) -> Soak:
     """Run it, in threads of its own."""
-    soak = Soak(seconds, seed)
+    soak = Soak(seconds)
     chance = random.Random(seed)
 
     def guarded(func: Callable[..., None], *args: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from support import unavailable
 
 import aiojob
 from aiojob import _fibre
@@ -81,7 +82,7 @@ def postgres() -> Iterator[str]:
     """The address of a PostgreSQL server that serves 250 connections, for the tests alone."""
     programs = postgres_programs()
     if programs is None:
-        pytest.skip("needs PostgreSQL's server: initdb was not found")
+        unavailable("needs PostgreSQL's server: initdb was not found")
     user = "postgres" if os.geteuid() == 0 else None  # it refuses to be root
     with tempfile.TemporaryDirectory(prefix="aiojob-", ignore_cleanup_errors=True) as directory:
         if user is not None:

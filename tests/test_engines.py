@@ -665,20 +665,36 @@ def test_offload_from_an_event_loop_inside_a_worker_has_workers_of_its_own(
     assert environment(lambda: offload(lambda: asyncio.run(main()))) == [(0, 0), (1, 0), (2, 0), 27]
 
 
+@contextmanager
+def limited_to(threads: int) -> Iterator[None]:
+    limit = _offload._levels._limit
+    set_offload_threads(threads)
+    try:
+        yield
+    finally:
+        set_offload_threads(limit)
+
+
 @pytest.fixture
 def one_worker() -> Iterator[None]:
-    limit = _offload._levels._limit
-    set_offload_threads(1)
-    yield
-    set_offload_threads(limit)
+    with limited_to(1):
+        yield
 
 
 @pytest.fixture
 def two_workers() -> Iterator[None]:
-    limit = _offload._levels._limit
-    set_offload_threads(2)
-    yield
-    set_offload_threads(limit)
+    with limited_to(2):
+        yield
+
+
+@pytest.fixture
+def no_new_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Have the system refuse to start threads, once this is called."""
+
+    def refuse(self: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    return lambda: monkeypatch.setattr(_workers.Worker, "start", refuse)
 
 
 async def test_offload_cancelled_before_it_began_is_dropped(one_worker: None) -> None:
@@ -767,18 +783,17 @@ async def test_raised_limit_starts_workers_for_what_waits(one_worker: None) -> N
 
 
 async def test_lowered_limit_ends_surplus_workers() -> None:
-    limit = _offload._levels._limit
     barrier = threading.Barrier(3)
     await asyncio.gather(*(offload_async(barrier.wait) for _ in range(3)))
-    workers = _offload._levels[0].threads
-    try:
-        set_offload_threads(1)
-        while len(_offload._levels[0].threads) > 1:
+    workers = _offload._levels[0]
+    before = workers.threads
+    with limited_to(1):
+        while len(workers.threads) > 1:
             await asyncio.sleep(0.001)
         assert await offload_async(pow, 2, 3) == 8
-    finally:
-        set_offload_threads(limit)
-    assert sum(worker.is_alive() for worker in workers) <= 3
+        for worker in set(before) - set(workers.threads):
+            worker.join(20)
+            assert not worker.is_alive()
 
 
 def test_idle_workers_end_and_others_start_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -803,31 +818,24 @@ def test_limit_that_is_none_is_refused(limit: Any, error: type[Exception]) -> No
 
 
 def test_offload_without_a_thread_to_be_had_raises_and_loses_nothing(
-    environment: Environment, monkeypatch: pytest.MonkeyPatch
+    environment: Environment, no_new_threads: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
     ran: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(_workers.Worker, "start", refuse)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            environment(lambda: offload(ran.append, 1))
+    no_new_threads()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        environment(lambda: offload(ran.append, 1))
+    monkeypatch.undo()
     assert environment(lambda: offload(pow, 2, 3)) == 8
     assert ran == []
 
 
 async def test_offload_with_some_thread_waits_for_it_if_no_other_can_be_had(
-    monkeypatch: pytest.MonkeyPatch,
+    no_new_threads: Callable[[], None],
 ) -> None:
     gate = Gate()
     first = offload_async(gate.wait)
     await run_job(gate.reached)
-
-    def refuse(self: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(_workers.Worker, "start", refuse)
+    no_new_threads()
     second = offload_async(pow, 2, 3)
     gate.open()
     assert await second == 8

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
 
 import pytest
+from support import unavailable
 
 import aiojob
 
@@ -432,12 +433,6 @@ def libcrypto_flags() -> list[str]:
         if found.returncode == 0:
             return shlex.split(found.stdout)
     return ["-lcrypto"]
-
-
-def unavailable(reason: str) -> NoReturn:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 class Libcrypto:

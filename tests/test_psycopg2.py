@@ -1,11 +1,13 @@
-"""Plain synchronous psycopg2 code in jobs, by psycopg2's wait callback, on a real server."""
+"""Plain synchronous psycopg2 code in jobs, by the example's wait callback, on a real server."""
 
 from __future__ import annotations
 
 import asyncio
+import runpy
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,25 +15,18 @@ import pytest
 pytest.importorskip("psycopg2")
 
 import psycopg2
-from psycopg2.extensions import POLL_OK, POLL_READ, connection, set_wait_callback
+from psycopg2.extensions import connection, set_wait_callback
 
-from aiojob import pause_blocked, run_job, wait_readable, wait_writable
+from aiojob import pause_blocked, run_job
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "psycopg2_queries.py"
 CONNECTIONS = 200
 LOCK = 77
 
 
-def wait(conn: connection) -> None:
-    while (state := conn.poll()) != POLL_OK:
-        if state == POLL_READ:
-            wait_readable(conn)
-        else:
-            wait_writable(conn)
-
-
 @pytest.fixture(autouse=True)
 def _pausing_psycopg2() -> Iterator[None]:
-    set_wait_callback(wait)
+    set_wait_callback(runpy.run_path(str(EXAMPLE))["wait"])
     yield
     set_wait_callback(None)
 

@@ -16,9 +16,10 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
+from support import unavailable
 
 import aiojob
 
@@ -46,12 +47,6 @@ class Report:
         self.totals = Counter(self.outcomes.values())
 
 
-def give_up(reason: str) -> NoReturn:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 def sdist(cache: Path) -> Path:
     """Return SQLAlchemy's source distribution, of the version that is installed."""
     name = f"sqlalchemy-{version('sqlalchemy')}"
@@ -69,9 +64,9 @@ def download(requirement: str, directory: str) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
-        give_up("pip took too long to fetch SQLAlchemy's source distribution")
+        unavailable("pip took too long to fetch SQLAlchemy's source distribution")
     if done.returncode:
-        give_up(f"pip cannot fetch SQLAlchemy's source distribution:\n{done.stderr}")
+        unavailable(f"pip cannot fetch SQLAlchemy's source distribution:\n{done.stderr}")
     return next(Path(directory).glob("*.tar.gz"))
 
 
