@@ -9,12 +9,14 @@ import gc
 import json
 import multiprocessing
 import os
+import re
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -44,21 +46,37 @@ def _resource_tracker() -> None:
 
 
 @contextmanager
+def signals_blocked_in_new_threads() -> Iterator[None]:
+    """Have threads that outlive the tests take no signal that a later test sends its process.
+
+    Taken by a thread that sleeps, a signal does not wake the main thread, which handles it.
+    """
+    ours = {signal.SIGALRM, signal.SIGINT, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def dask_cluster() -> Iterator[Callable[[], Executor]]:
     from distributed import Client, LocalCluster
 
     gc.freeze()  # Dask's modules are many: each test's search for garbage would go through them
     http = "127.0.0.1:0"  # None would be port 8787 of every interface
-    with (
-        LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=1,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address=http,
-            worker_dashboard_address=http,
-        ) as cluster,
-        Client(cluster) as client,  # type: ignore[no-untyped-call]
-    ):
+    with ExitStack() as stack:
+        with signals_blocked_in_new_threads():
+            cluster = stack.enter_context(
+                LocalCluster(  # type: ignore[no-untyped-call]
+                    n_workers=1,
+                    threads_per_worker=1,
+                    host="127.0.0.1",
+                    dashboard_address=http,
+                    worker_dashboard_address=http,
+                )
+            )
+            client = stack.enter_context(Client(cluster))  # type: ignore[no-untyped-call]
         # Equal calls that are pure would be one, and be cancelled together.
         yield lambda: client.get_executor(pure=False)
 
@@ -318,3 +336,12 @@ async def test_keyword_arguments_are_the_functions_own(executor: Executor) -> No
         return offload(dict, key="k", retries=1, executor=executor)
 
     assert await run_job(call, executor) == {"key": "k", "retries": 1}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
+def test_threads_that_dask_leaves_take_no_signal_of_later_tests() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("Dask"):
+            status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+            (blocked,) = re.findall(r"SigBlk:\s+(\w+)", status)
+            assert int(blocked, 16) & (1 << (signal.SIGUSR1 - 1)), thread
