@@ -19,6 +19,7 @@ from ._errors import (
     CannotPauseError,
     EngineError,
     JobError,
+    LibsslUnavailableError,
     WaitFdError,
     WrongThreadError,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Job",
     "JobError",
     "JobStatus",
+    "LibsslUnavailableError",
     "Session",
     "StartResult",
     "WaitCtx",

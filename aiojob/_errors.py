@@ -7,6 +7,7 @@ __all__ = [
     "CannotPauseError",
     "EngineError",
     "JobError",
+    "LibsslUnavailableError",
     "WaitFdError",
     "WrongThreadError",
 ]
@@ -37,3 +38,7 @@ class EngineError(AiojobError, RuntimeError):
 
 class WaitFdError(AiojobError, OSError):
     """A wait context's file descriptor cannot be watched by the event loop."""
+
+
+class LibsslUnavailableError(AiojobError, RuntimeError):
+    """The libssl that Python's `ssl` module uses cannot be reached as needed; says why."""

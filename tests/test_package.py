@@ -34,6 +34,8 @@ LAYERS = [
     "aiojob.engines._workers",
     "aiojob.engines._offload",
     "aiojob.engines",
+    "aiojob.tls._libssl",
+    "aiojob.tls",
     "aiojob.testing",
     "aiojob",
 ]
