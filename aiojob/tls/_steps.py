@@ -1,0 +1,140 @@
+"""How the steps of a handshake are run: on the loop's thread, or in a worker thread.
+
+A step is one call of ``do_handshake``: it works on what the peer has sent so far, and ends the
+handshake or needs more. Each connection has a `Steps` object of its own, whose `Steps.step` its job
+calls. While steps are under way they are in `current_steps`, so that a callback of OpenSSL's, which
+gets no other argument to know its connection by, finds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import Any, Final, TypeVar
+
+from .._run import await_
+from ..engines import offload
+
+__all__ = ["LoopSteps", "Steps", "ThreadSteps", "current_steps"]
+
+T = TypeVar("T")
+
+
+class Steps(ABC):
+    """The steps of one connection's handshake.
+
+    callback_failed: whether a callback raised something. An exception cannot cross OpenSSL: the
+        callback passes it to `fail_callback` and returns an alert, and the step raises it.
+    in_flight: whether somebody else is using the SSL object and its BIOs, so that nobody may touch
+        them. It stays so when the job's wait for that is given up.
+    """
+
+    callback_failed: bool = False
+    in_flight: bool = False
+
+    def __init__(
+        self, ssl_object: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO
+    ) -> None:
+        self._ssl_object = ssl_object
+        self._callback_error: BaseException | None = None
+
+    @abstractmethod
+    def step(self) -> None:
+        """Take the handshake one step further, in its job; may pause.
+
+        Raises:
+            ssl.SSLWantReadError: It needs more from the peer.
+            ssl.SSLError: It has failed.
+            BaseException: What a callback raised.
+        """
+
+    @abstractmethod
+    def await_in_callback(self, awaitable: Awaitable[T]) -> T:
+        """Wait for something inside a callback of OpenSSL's."""
+
+    def fail_callback(self, error: BaseException) -> None:
+        """Have the step that called a callback raise what the callback has raised."""
+        self.callback_failed = True
+        self._callback_error = error
+
+    def finish(self) -> None:  # noqa: B027  # there seldom is anything to do
+        """Leave the SSL object as it was: the handshake is complete."""
+
+    def abandon(self) -> None:  # noqa: B027  # the same
+        """Clean up: the connection is given up, perhaps in the middle of a step."""
+
+    def _do_handshake(self) -> None:
+        try:
+            self._ssl_object.do_handshake()
+        except ssl.SSLError:
+            if not self.callback_failed:
+                raise
+        if self.callback_failed:  # also where OpenSSL can do without it and goes on
+            self._raise_callback_error()
+
+    def _raise_callback_error(self) -> None:
+        assert self._callback_error is not None
+        try:
+            raise self._callback_error
+        finally:
+            self._callback_error = None  # its traceback holds this frame
+
+
+class LoopSteps(Steps):
+    """Steps on the event loop's thread, in the job: callbacks may pause it."""
+
+    def step(self) -> None:
+        self._do_handshake()
+
+    def await_in_callback(self, awaitable: Awaitable[T]) -> T:
+        return await_(awaitable)
+
+
+class ThreadSteps(Steps):
+    """Steps in worker threads: the loop goes on, and callbacks block their worker."""
+
+    def __init__(
+        self, ssl_object: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO
+    ) -> None:
+        super().__init__(ssl_object, incoming, outgoing)
+        self._loop = asyncio.get_running_loop()
+        self._awaited: Future[Any] | None = None
+        self._abandoned = False
+
+    def step(self) -> None:
+        self.in_flight = True
+        try:
+            offload(self._do_handshake)
+        except Exception:  # and not a cancellation: the worker goes on then
+            self.in_flight = False
+            raise
+        self.in_flight = False
+
+    def await_in_callback(self, awaitable: Awaitable[T]) -> T:
+        coroutine = awaitable if inspect.iscoroutine(awaitable) else _awaiting(awaitable)
+        try:
+            self._awaited = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the loop is closed
+            coroutine.close()
+            raise
+        if self._abandoned:  # before there was anything to cancel
+            self._awaited.cancel()
+        return self._awaited.result()  # type: ignore[no-any-return]
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        if self._awaited is not None:
+            self._awaited.cancel()
+
+
+async def _awaiting(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+current_steps: Final[ContextVar[Steps | None]] = ContextVar("current_steps", default=None)
+"""The steps that are being run in this context."""
