@@ -217,8 +217,6 @@ class Acceptor(asyncio.BufferedProtocol):
         return True
 
     def _fail(self, error: BaseException) -> None:
-        if isinstance(error, CancelledError) and self._reason is not None:
-            error = self._reason
         self._report(error)
         handshake = self._handshake
         if handshake is not None:
@@ -231,8 +229,12 @@ class Acceptor(asyncio.BufferedProtocol):
         self._transport.abort()
 
     def _report(self, error: BaseException) -> None:
+        """Tell whom it concerns: of what a peer did, nobody who does not ask for it."""
+        if isinstance(error, CancelledError) and self._reason is not None:
+            error = self._reason
         callback_failed = self._handshake is not None and self._handshake.steps.callback_failed
-        if isinstance(error, Exception) and (callback_failed or not isinstance(error, OSError)):
+        is_ours = callback_failed or not isinstance(error, OSError)
+        if is_ours and error is not self._reason and isinstance(error, Exception):
             self._call_exception_handler("a TLS handshake failed", error)
         else:
             peer = self._transport.get_extra_info("peername")
