@@ -18,7 +18,6 @@ import ssl
 import subprocess
 import tempfile
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import suppress
 
 from aiojob import offload_async
@@ -30,21 +29,21 @@ CLIENTS = 64
 async def main(certificate: str) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    with ProcessPoolExecutor(1) as clients:
-        print("handshake=    longest pause of the heartbeat")
-        in_loop = await longest_pause("loop", context, clients)
-        in_threads = await longest_pause("thread", context, clients)
+    print("handshake=    longest pause of the heartbeat")
+    in_loop = await longest_pause(context, "loop")
+    in_threads = await longest_pause(context, "thread")
     print("shorter in threads:", in_threads < in_loop)
 
 
-async def longest_pause(
-    handshake: HandshakeMode, context: ssl.SSLContext, clients: Executor
-) -> float:
+async def longest_pause(context: ssl.SSLContext, handshake: HandshakeMode) -> float:
     async with await create_server(
         asyncio.Protocol, "127.0.0.1", 0, ssl=context, handshake=handshake, backlog=CLIENTS
     ) as server:
         address = server.sockets[0].getsockname()
-        burst = offload_async(say_hello_at_once, address, executor=clients)
+        clients = [await offload_async(socket.create_connection, address) for _ in range(CLIENTS)]
+        while server.handshakes < CLIENTS:
+            await asyncio.sleep(0.001)
+        burst = offload_async(say_hello, clients)
         longest, before = 0.0, time.perf_counter()
         while not burst.done():
             await asyncio.sleep(0.001)
@@ -55,17 +54,16 @@ async def longest_pause(
     return longest
 
 
-def say_hello_at_once(address: tuple[str, int]) -> None:
-    """Be many clients, which want no more than the server's signed answer; in another process."""
+def say_hello(clients: list[socket.socket]) -> None:
+    """Send a TLS client's first message many times over, and wait for the signed answers."""
     outgoing = ssl.MemoryBIO()
     client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="x")
     with suppress(ssl.SSLWantReadError):
         client.do_handshake()
     hello = outgoing.read()
-    connections = [socket.create_connection(address) for _ in range(CLIENTS)]
-    for connection in connections:
+    for connection in clients:
         connection.sendall(hello)
-    for connection in connections:
+    for connection in clients:
         assert connection.recv(1)
         connection.close()
 
