@@ -36,6 +36,7 @@ LAYERS = [
     "aiojob.engines",
     "aiojob.tls._libssl",
     "aiojob.tls._steps",
+    "aiojob.tls._native",
     "aiojob.tls._callbacks",
     "aiojob.tls._handshake",
     "aiojob.tls._standins",

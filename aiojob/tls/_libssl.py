@@ -31,8 +31,8 @@ __all__ = [
     "Connection",
     "check_rebind",
     "connection_of",
+    "has_psk_callback",
     "is_async_capable",
-    "word_of",
 ]
 
 SSL_ASYNC_PAUSED: Final = 5
@@ -99,7 +99,7 @@ class _Libssl:
 _libssl: Final = cache(_Libssl)
 
 
-def word_of(instance: object, of_type: type, index: int) -> int:
+def _word_of(instance: object, of_type: type, index: int) -> int:
     """Return a word of an object's C structure, as `of_type` declares it.
 
     Raises:
@@ -181,7 +181,7 @@ class Connection:
 
 
 def _bio_of(bio: ssl.MemoryBIO) -> int:
-    return word_of(bio, ssl.MemoryBIO, 0)
+    return _word_of(bio, ssl.MemoryBIO, 0)
 
 
 def _pour(old: ssl.MemoryBIO, new: ssl.MemoryBIO) -> None:
@@ -199,15 +199,15 @@ def connection_of(
     """
     libssl = _libssl()
     context, socket = ssl_object.context, ssl_object._sslobj  # type: ignore[attr-defined]
-    context_address = word_of(socket, libssl.socket_type, 2)
+    context_address = _word_of(socket, libssl.socket_type, 2)
     if context_address != id(context):
         raise LibsslUnavailableError(
             "_ssl._SSLSocket has an unknown layout: the word behind the SSL* is "
             f"{context_address:#x}, not the context's address, {id(context):#x}"
         )
-    pointer = word_of(socket, libssl.socket_type, 1)
+    pointer = _word_of(socket, libssl.socket_type, 1)
     for what, get, expected in (
-        ("SSL_CTX*", libssl.get_context, word_of(context, libssl.context_type, 0)),
+        ("SSL_CTX*", libssl.get_context, _word_of(context, libssl.context_type, 0)),
         ("incoming BIO*", libssl.get_rbio, _bio_of(incoming)),
         ("outgoing BIO*", libssl.get_wbio, _bio_of(outgoing)),
     ):
@@ -254,3 +254,40 @@ def is_async_capable() -> bool:
         LibsslUnavailableError: libssl cannot be reached.
     """
     return bool(_libssl().is_async_capable())
+
+
+def has_psk_callback(context: ssl.SSLContext) -> bool:
+    """Return whether a PSK callback is set on a context; `ssl` has no way to ask.
+
+    Raises:
+        LibsslUnavailableError: It cannot be found out.
+    """
+    context_type = _libssl().context_type
+    return any(_word_of(context, context_type, index) for index in _psk_callback_words())
+
+
+@cache
+def _psk_callback_words() -> tuple[int, ...]:
+    """Return which words of a context refer to its PSK callbacks."""
+    if not getattr(ssl, "HAS_PSK", False):  # before Python 3.13, or an OpenSSL without them
+        return ()
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client.set_psk_client_callback(_marker)  # type: ignore[attr-defined, unused-ignore]
+    server.set_psk_server_callback(_marker)  # type: ignore[attr-defined, unused-ignore]
+    return _word_referring_to(_marker, client), _word_referring_to(_marker, server)
+
+
+def _marker(*_: object) -> None:
+    """Be found."""
+
+
+def _word_referring_to(target: object, context: ssl.SSLContext) -> int:
+    context_type = _libssl().context_type
+    count = (context_type.__basicsize__ - _HEAD) // _WORD
+    found = [i for i in range(count) if _word_of(context, context_type, i) == id(target)]
+    if len(found) != 1:
+        raise LibsslUnavailableError(
+            f"a PSK callback was expected in one word of {context!r}, found in {len(found)}"
+        )
+    return found[0]
