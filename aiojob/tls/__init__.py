@@ -15,12 +15,14 @@
 """
 
 from ._callbacks import psk_server_callback, sni_callback
+from ._native import is_native_capable
 from ._server import HandshakeMode, Server, create_server, start_server
 
 __all__ = [
     "HandshakeMode",
     "Server",
     "create_server",
+    "is_native_capable",
     "psk_server_callback",
     "sni_callback",
     "start_server",

@@ -198,7 +198,7 @@ def connection_of(
         LibsslUnavailableError: libssl cannot be reached, or a check of the layouts failed.
     """
     libssl = _libssl()
-    context, socket = ssl_object.context, ssl_object._sslobj  # type: ignore[attr-defined]
+    context, socket = ssl_object.context, getattr(ssl_object, "_sslobj", None)
     context_address = _word_of(socket, libssl.socket_type, 2)
     if context_address != id(context):
         raise LibsslUnavailableError(

@@ -19,14 +19,16 @@ Callbacks in Python would run on the native job's stack of 32 KiB, and are refus
 
 from __future__ import annotations
 
+import inspect
 import ssl
 import threading
 from asyncio import Task, get_running_loop
+from collections.abc import Awaitable
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 from weakref import ref
 
-from .._errors import LibsslUnavailableError
+from .._errors import CannotPauseError, LibsslUnavailableError
 from .._job import get_wait_ctx, pause_job
 from .._run import run_job
 from .._wakeups import loop_runs
@@ -39,12 +41,15 @@ from ._libssl import (
     has_psk_callback,
     is_async_capable,
 )
+from ._steps import Steps
 
 __all__ = ["NativeSteps", "abandoned", "check_native", "is_native_capable", "resume_abandoned"]
 
+T = TypeVar("T")
 
-class NativeSteps:
-    """The steps of a handshake as a native job.
+
+class NativeSteps(Steps):
+    """Steps as a native job of OpenSSL's, which is in flight while it is paused.
 
     Use it in one thread, under an event loop.
 
@@ -52,29 +57,17 @@ class NativeSteps:
         LibsslUnavailableError: This is not possible; the message says why.
     """
 
-    in_flight: bool
-    """Whether a native job is paused: it is using the SSL object and its BIOs."""
-
     def __init__(
         self, ssl_object: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO
     ) -> None:
+        super().__init__(ssl_object, incoming, outgoing)
         _check_callbacks(ssl_object.context)  # once more: they can be set at any time
         resume_abandoned()
-        self.in_flight = False
-        self._ssl_object = ssl_object
         self._connection = connection_of(ssl_object, incoming, outgoing)
         self._connection.set_async()
         self._drain_task: ref[Task[None]] | None = None
 
     def step(self) -> None:
-        """Take the handshake one step further, in a job; pauses where the native job does.
-
-        Cancellation is raised at the pause. The native job is still under way then: `abandon` it.
-
-        Raises:
-            ssl.SSLWantReadError: It needs more bytes than are in the incoming BIO.
-            ssl.SSLError: It has failed.
-        """
         while not self._go_on():
             self._pause()
 
@@ -86,7 +79,7 @@ class NativeSteps:
         """
         want = self._connection.want
         try:
-            self._ssl_object.do_handshake()
+            self._do_handshake()
         except ssl.SSLError:
             if want() not in (SSL_ASYNC_PAUSED, SSL_ASYNC_NO_JOBS):
                 raise
@@ -112,17 +105,23 @@ class NativeSteps:
                 for _ in fds:
                     ctx.clear_fd(self)
 
+    def await_in_callback(self, awaitable: Awaitable[T]) -> T:
+        if inspect.iscoroutine(awaitable):
+            awaitable.close()  # or it would warn that it was never awaited
+        raise CannotPauseError(
+            'a callback that was set after the handshake began cannot wait with handshake="openssl"'
+        )
+
     def finish(self) -> None:
-        """Have later calls of the SSL object run without native jobs: the handshake is complete."""
         self._connection.clear_async()
 
     def abandon(self) -> None:
-        """Give the connection up, when its last step has ended, perhaps by a cancellation.
+        """Give the connection up, after its last step, which was perhaps cancelled.
 
-        If a native job is under way, a task of its own goes on resuming it to its end; the
-        connection lives until then. Where no event loop runs, or when it ends before the native job
-        does, the connection is kept until the next native handshake of this thread, and, if there
-        is none, as long as the process lives.
+        If a native job is paused, a task of its own goes on resuming it to its end; the connection
+        lives until then. What an event loop leaves behind at its own end, or what is abandoned
+        where none runs, goes on with the next native handshake of the thread; if there is none, it
+        is kept as long as the process lives.
         """
         if not self.in_flight:
             return

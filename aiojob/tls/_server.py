@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from ._acceptor import Acceptor, Listener
 from ._handshake import NewSteps
+from ._native import NativeSteps, check_native
 from ._steps import LoopSteps, ThreadSteps
 
 __all__ = ["HANDSHAKE_TIMEOUT", "HandshakeMode", "Server", "create_server", "start_server"]
@@ -25,6 +26,7 @@ STREAM_LIMIT: Final = 64 * 1024
 _STEPS: Final[dict[HandshakeMode, NewSteps]] = {
     "loop": LoopSteps,
     "thread": ThreadSteps,
+    "openssl": NativeSteps,
 }
 
 
@@ -228,6 +230,8 @@ def _check_context(context: ssl_module.SSLContext, handshake: str) -> None:
         raise ValueError(f"handshake must be one of {known}, got {handshake!r}")
     # Raises if this is not for servers.
     context.wrap_bio(ssl_module.MemoryBIO(), ssl_module.MemoryBIO(), server_side=True)
+    if handshake == "openssl":
+        check_native(context)
 
 
 def _seconds(name: str, seconds: float | None) -> float | None:

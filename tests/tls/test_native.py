@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import trustme
 
-from aiojob import LibsslUnavailableError, WaitFdError, cleanup_thread, run_job
+from aiojob import CannotPauseError, LibsslUnavailableError, WaitFdError, cleanup_thread, run_job
 from aiojob.tls import _native
 from aiojob.tls._libssl import SSL_ASYNC_NO_JOBS, Connection
 from aiojob.tls._native import (
@@ -249,6 +249,15 @@ async def test_interrupt_in_do_handshake_knows_of_the_native_job(
     engine.release()
     pair.steps.abandon()
     await until(lambda: not abandoned)
+
+
+async def test_callback_cannot_wait_on_the_stack_of_a_native_job(
+    new_pair: Callable[[], Pair],
+) -> None:
+    with pytest.raises(CannotPauseError, match="cannot wait"):
+        new_pair().steps.await_in_callback(asyncio.sleep(0))
+    with pytest.raises(CannotPauseError, match="cannot wait"):
+        new_pair().steps.await_in_callback(asyncio.get_running_loop().create_future())
 
 
 def in_thread(func: Callable[[], None]) -> None:
