@@ -237,7 +237,7 @@ class Acceptor(asyncio.BufferedProtocol):
         if is_ours and error is not self._reason and isinstance(error, Exception):
             self._call_exception_handler("a TLS handshake failed", error)
         else:
-            peer = self._transport.get_extra_info("peername")
+            peer = _peer_of(self._transport)
             logger.debug("the TLS handshake with %s failed: %r", peer, error)
 
     def _call_exception_handler(self, message: str, error: Exception) -> None:
@@ -249,3 +249,10 @@ class Acceptor(asyncio.BufferedProtocol):
                 "protocol": self,
             }
         )
+
+
+def _peer_of(transport: Transport) -> object:
+    try:
+        return transport.get_extra_info("peername")
+    except AttributeError:  # uvloop, when the connection is closed and nobody asked before
+        return None
