@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import shutil
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 import uvloop
 from support import unavailable
+from tls.native_engine import NativeEngine, load
 
 import aiojob
 from aiojob import _fibre
 from aiojob.testing import nothing_left
+from aiojob.tls._native import abandoned
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -99,6 +102,22 @@ def postgres() -> Iterator[str]:
             yield f"host={directory} user=postgres dbname=postgres"
         finally:
             run("pg_ctl", "stop", "-m", "immediate")
+
+
+@pytest.fixture(scope="session")
+def engine_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return load(tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture
+def engine(engine_library: ctypes.CDLL) -> Iterator[NativeEngine]:
+    """An engine of OpenSSL's that pauses its jobs; it must have lost none when the test ends."""
+    engine = NativeEngine(engine_library)
+    engine.install()
+    yield engine
+    engine.uninstall()
+    assert not abandoned
+    assert engine.counts.in_flight == 0
 
 
 class _Errors(logging.Handler):

@@ -9,7 +9,7 @@ import gc
 import ssl
 import threading
 from asyncio import AbstractEventLoop, CancelledError
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -26,25 +26,9 @@ from aiojob.tls._native import (
     is_native_capable,
     resume_abandoned,
 )
-from tls.native_engine import NativeEngine, load, until
+from tls.native_engine import NativeEngine, until
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
-
-
-@pytest.fixture(scope="module")
-def engine_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load(tmp_path_factory.mktemp("engine"))
-
-
-@pytest.fixture
-def engine(engine_library: ctypes.CDLL) -> Iterator[NativeEngine]:
-    """The engine, which must have lost nothing when the test has ended."""
-    engine = NativeEngine(engine_library)
-    engine.install()
-    yield engine
-    engine.uninstall()
-    assert not abandoned
-    assert engine.counts.in_flight == 0
 
 
 @pytest.fixture(scope="module")
