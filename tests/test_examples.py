@@ -6,11 +6,13 @@ import ast
 import doctest
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import unavailable
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 LOOP_NEUTRAL = [path for path in EXAMPLES if "asyncio.run(" in path.read_text()]
@@ -47,7 +49,10 @@ def expected_output(example: Path) -> str:
 def environment(request: pytest.FixtureRequest) -> dict[str, str]:
     """The variables that the example of the test needs."""
     variables = dict(os.environ)
-    if "AIOJOB_POSTGRES" in request.node.callspec.params["example"].read_text():
+    program = request.node.callspec.params["example"].read_text()
+    if '"cc"' in program and shutil.which("cc") is None:
+        unavailable("needs a C compiler: cc was not found")
+    if "AIOJOB_POSTGRES" in program:
         pytest.importorskip("psycopg2")
         variables["AIOJOB_POSTGRES"] = request.getfixturevalue("postgres")
     return variables
