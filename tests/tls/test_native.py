@@ -382,6 +382,24 @@ def test_native_job_left_behind_by_a_runner_is_resumed_later(
     finish_abandoned(engine)
 
 
+def test_native_job_left_behind_by_a_closed_loop_is_resumed_later(
+    engine: NativeEngine,
+    new_pair: Callable[[], Pair],
+    loop_factory: Callable[[], AbstractEventLoop],
+) -> None:
+    loop = loop_factory()
+    loop.set_exception_handler(lambda *_: None)  # it complains of the task that is destroyed
+    pair = new_pair()
+    abandon_under_a_loop(engine, pair, loop, 3)
+    (drain,) = asyncio.all_tasks(loop)
+    loop.close()
+    assert not drain.done()
+    finish_abandoned(engine)
+    coroutine: Any = drain.get_coro()
+    coroutine.close()  # lest its job stays paused for ever
+    assert not abandoned
+
+
 def test_abandon_where_no_loop_runs_is_resumed_later(
     engine: NativeEngine,
     new_pair: Callable[[], Pair],
