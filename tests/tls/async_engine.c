@@ -32,7 +32,7 @@ static struct request *first, **last = &first;
 static ENGINE *engine;
 
 /* What the tests set and read; under the lock. */
-static int is_held, uses_fds = 1;
+static int is_held, uses_fds = 1, repeats = 1;
 static unsigned delay; /* microseconds */
 static struct counts { int pauses, in_flight, most_in_flight, finished, orphans, in_place; } counts;
 
@@ -123,22 +123,14 @@ static int is_done(struct request *request)
     return done;
 }
 
-static int run(operation *operation, int length, const unsigned char *input,
-               unsigned char *output, RSA *key, int padding)
+static int run_once(ASYNC_WAIT_CTX *context, operation *operation, int length,
+                    const unsigned char *input, unsigned char *output, RSA *key, int padding)
 {
-    ASYNC_JOB *job = ASYNC_get_current_job();
-    ASYNC_WAIT_CTX *context;
-    struct request *request;
+    struct request *request = calloc(1, sizeof *request);
     int result;
 
-    if (job == NULL || length > LONGEST || RSA_size(key) > LONGEST) {
-        pthread_mutex_lock(&lock);
-        counts.in_place++;
-        pthread_mutex_unlock(&lock);
-        return operation(length, input, output, key, padding);
-    }
-    context = ASYNC_get_wait_ctx(job);
-    request = calloc(1, sizeof *request);
+    if (request == NULL)
+        return -1;
     request->operation = operation;
     request->key = key;
     RSA_up_ref(key);
@@ -157,6 +149,23 @@ static int run(operation *operation, int length, const unsigned char *input,
     if (result > 0)
         memcpy(output, request->output, result);
     destroy(request);
+    return result;
+}
+
+static int run(operation *operation, int length, const unsigned char *input,
+               unsigned char *output, RSA *key, int padding)
+{
+    ASYNC_JOB *job = ASYNC_get_current_job();
+    int i, result = -1;
+
+    if (job == NULL || length > LONGEST || RSA_size(key) > LONGEST) {
+        pthread_mutex_lock(&lock);
+        counts.in_place++;
+        pthread_mutex_unlock(&lock);
+        return operation(length, input, output, key, padding);
+    }
+    for (i = 0; i < repeats; i++)
+        result = run_once(ASYNC_get_wait_ctx(job), operation, length, input, output, key, padding);
     return result;
 }
 
@@ -200,11 +209,12 @@ void engine_uninstall(void)
     ENGINE_unregister_RSA(engine);
 }
 
-void engine_set(int held, int fds, unsigned microseconds)
+void engine_set(int held, int fds, int times, unsigned microseconds)
 {
     pthread_mutex_lock(&lock);
     is_held = held;
     uses_fds = fds;
+    repeats = times;
     delay = microseconds;
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);

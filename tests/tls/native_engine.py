@@ -46,7 +46,7 @@ def load(directory: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     if _libcrypto_of(library) != _libcrypto_of(ctypes.CDLL(_ssl.__file__)):
         unavailable("cc links to another libcrypto than Python uses")
-    library.engine_set.argtypes = (c_int, c_int, c_uint)
+    library.engine_set.argtypes = (c_int, c_int, c_int, c_uint)
     library.engine_counts.argtypes = (POINTER(Counts), c_int)
     return library
 
@@ -62,6 +62,7 @@ class NativeEngine:
         self._library = library
         self._held = False
         self._uses_fds = True
+        self._times = 1
         self._seconds = 0.0
 
     def install(self) -> None:
@@ -95,13 +96,19 @@ class NativeEngine:
         self._seconds = seconds
         self._apply()
 
+    def repeat(self, times: int) -> None:
+        """Have each operation be done so many times, each time with an fd of its own."""
+        self._times = times
+        self._apply()
+
     def use_fds(self, use: bool) -> None:
         """Have the engine provide fds, or be polled."""
         self._uses_fds = use
         self._apply()
 
     def _apply(self) -> None:
-        self._library.engine_set(self._held, self._uses_fds, int(self._seconds * 1e6))
+        microseconds = int(self._seconds * 1e6)
+        self._library.engine_set(self._held, self._uses_fds, self._times, microseconds)
 
     @property
     def counts(self) -> Counts:

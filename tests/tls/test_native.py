@@ -146,16 +146,43 @@ async def test_handshake_pauses_in_the_engine_and_completes(
     assert engine.counts.in_place == 0
 
 
-async def test_key_exchange_with_rsa_pauses_twice_with_a_new_fd(
-    engine: NativeEngine, new_pair: Callable[[], Pair], client_context: ssl.SSLContext
+@pytest.mark.parametrize("cipher", ["ECDHE-RSA-AES128-GCM-SHA256", "AES128-GCM-SHA256"])
+async def test_signatures_and_decryptions_pause(
+    engine: NativeEngine,
+    new_pair: Callable[[], Pair],
+    server_context: ssl.SSLContext,
+    client_context: ssl.SSLContext,
+    cipher: str,
 ) -> None:
     client_context.maximum_version = ssl.TLSVersion.TLSv1_2
-    client_context.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256")
-    for _ in range(3):  # the same number of an fd comes again and again
-        pair = new_pair()
-        await run_job(pair.shake_hands)
-        pair.exchange()
+    for context in (server_context, client_context):
+        context.set_ciphers(cipher)
+    pair = new_pair()
+    await run_job(pair.shake_hands)
+    pair.exchange()
+    assert engine.counts.finished == 1
+    assert engine.counts.in_place == 0
+
+
+async def test_native_job_may_pause_again_with_another_fd_of_the_same_number(
+    engine: NativeEngine, new_pair: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async_fds, seen = Connection.async_fds, []
+
+    def seeing(connection: Connection) -> list[int]:
+        seen.append(async_fds(connection))
+        return seen[-1]
+
+    monkeypatch.setattr(Connection, "async_fds", seeing)
+    engine.repeat(3)
+    pair = new_pair()
+    task = await pause_in_engine(engine, pair)
+    engine.release()
+    await task
+    pair.exchange()
     assert engine.counts.finished == 3
+    assert len(seen) > 1
+    assert seen == [seen[0]] * len(seen), "a number was expected to come again"
 
 
 async def test_native_jobs_overlap(engine: NativeEngine, new_pair: Callable[[], Pair]) -> None:
