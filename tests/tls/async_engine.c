@@ -111,16 +111,20 @@ static void submit(struct request *request)
     pthread_mutex_unlock(&lock);
 }
 
-static int is_done(struct request *request)
+/* Pause at least once, even if the request is done by then. */
+static void pause_until_done(struct request *request)
 {
-    int done;
+    int is_done;
 
-    pthread_mutex_lock(&lock);
-    done = request->is_done;
-    if (!done)
+    do {
+        pthread_mutex_lock(&lock);
         counts.pauses++;
-    pthread_mutex_unlock(&lock);
-    return done;
+        pthread_mutex_unlock(&lock);
+        ASYNC_pause_job();
+        pthread_mutex_lock(&lock);
+        is_done = request->is_done;
+        pthread_mutex_unlock(&lock);
+    } while (!is_done);
 }
 
 static int run_once(ASYNC_WAIT_CTX *context, operation *operation, int length,
@@ -141,8 +145,7 @@ static int run_once(ASYNC_WAIT_CTX *context, operation *operation, int length,
     if (request->fd >= 0)
         ASYNC_WAIT_CTX_set_wait_fd(context, request, request->fd, request, clean_up);
     submit(request);
-    while (!is_done(request))
-        ASYNC_pause_job();
+    pause_until_done(request);
     if (request->fd >= 0)
         ASYNC_WAIT_CTX_clear_fd(context, request);
     result = request->result;

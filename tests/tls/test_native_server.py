@@ -17,7 +17,8 @@ import pytest
 import trustme
 
 from aiojob import LibsslUnavailableError, tls
-from aiojob.tls._native import abandoned
+from aiojob.tls._acceptor import RECEIVED_LIMIT
+from aiojob.tls._native import NativeSteps, abandoned
 from tls.native_engine import NativeEngine, until
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -193,17 +194,27 @@ async def test_native_jobs_that_others_leave_do_not_disturb_a_connection(
 
 
 async def test_clients_may_leave_at_any_moment(
-    engine: NativeEngine, server_context: ssl.SSLContext, client_context: ssl.SSLContext
+    engine: NativeEngine,
+    server_context: ssl.SSLContext,
+    client_context: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     moments = random.Random(1)
-    engine.take(0.001)
+    engine.take(0.002)
+    abandon, in_flight = NativeSteps.abandon, []
+
+    def abandon_and_remember(steps: NativeSteps) -> None:
+        in_flight.append(steps.in_flight)
+        abandon(steps)
+
+    monkeypatch.setattr(NativeSteps, "abandon", abandon_and_remember)
 
     async def leave(server: tls.Server, sock: socket.socket) -> None:
         await asyncio.sleep(moments.uniform(0, 0.01))
         moments.choice([reset, shut_down])(sock, server)
 
     async with serving(server_context) as server:
-        for _ in range(5):
+        for _ in range(3):
             with ExitStack() as stack:
                 async with asyncio.TaskGroup() as tasks:
                     for _ in range(20):
@@ -211,6 +222,7 @@ async def test_clients_may_leave_at_any_moment(
                         tasks.create_task(leave(server, sock))
                         tasks.create_task(say_hello(server, client_context))
         await until(lambda: not server.handshakes and not abandoned)
+    assert True in in_flight
     assert engine.counts.in_flight == 0
     assert engine.counts.orphans == 0
 
@@ -224,7 +236,8 @@ async def test_junk_behind_a_client_hello_fails_after_the_native_job(
             await engine.reached(1)
             loop = asyncio.get_running_loop()
             junk = asyncio.create_task(loop.sock_sendall(sock, bytes(300_000)))
-            await asyncio.sleep(0.01)
+            (acceptor,) = server._listener.acceptors
+            await until(lambda: len(acceptor._received) > RECEIVED_LIMIT)
             assert server.handshakes == 1
             engine.release()
             await until(lambda: not server.handshakes)
