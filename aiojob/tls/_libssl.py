@@ -16,6 +16,7 @@ Everything is loaded when first needed: importing this module cannot fail.
 
 from __future__ import annotations
 
+import _ssl
 import ctypes
 import ssl
 from contextlib import suppress
@@ -54,12 +55,10 @@ class _Libssl:
 
     def __init__(self) -> None:
         try:
-            import _ssl
-
             # PyDLL keeps the interpreter's lock. These calls are shorter than handing it over, and
             # a busy thread that took it would not give it back before its switch interval.
             self._library = ctypes.PyDLL(_ssl.__file__)
-        except (ImportError, AttributeError, OSError) as error:
+        except (AttributeError, OSError) as error:
             raise LibsslUnavailableError(
                 f"Python's _ssl is no shared library that can be opened: {error}"
             ) from error

@@ -7,10 +7,13 @@ import asyncio
 import ctypes
 import gc
 import ssl
+import subprocess
+import sys
 import threading
 from asyncio import AbstractEventLoop, CancelledError
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +185,17 @@ async def test_native_job_may_pause_again_with_another_fd_of_the_same_number(
     assert engine.counts.finished == 3
     assert len(seen) == 3
     assert seen == [seen[0]] * 3, "a number was expected to come again"
+
+
+async def test_keys_are_logged_from_a_native_job(
+    new_pair: Callable[[], Pair], server_context: ssl.SSLContext, tmp_path: Path
+) -> None:
+    server_context.keylog_filename = str(tmp_path / "keys")  # written on the native job's stack
+    pair = new_pair()
+    await run_job(pair.shake_hands)
+    pair.exchange()
+    server_context.keylog_filename = None  # type: ignore[assignment]
+    assert "SERVER_TRAFFIC_SECRET_0" in (tmp_path / "keys").read_text()
 
 
 async def test_native_jobs_overlap(engine: NativeEngine, new_pair: Callable[[], Pair]) -> None:
@@ -476,6 +490,54 @@ def test_native_job_of_another_thread_is_left_alone(
     gc.collect()  # the cancelled task's frames
     assert engine.counts.orphans == 1
     engine.finish()
+
+
+EXIT = """
+import asyncio, ssl, sys
+from pathlib import Path
+
+import trustme
+import uvloop
+
+sys.path.insert(0, sys.argv[1])
+from tls.native_engine import NativeEngine, load
+from tls.test_native import Pair, give_up, pause_in_engine
+
+async def main():
+    pair = Pair(server_context, client_context)
+    task = await pause_in_engine(engine, pair)
+    if sys.argv[4] == "abandoned":
+        await give_up(task, pair)
+
+engine = NativeEngine(load(Path(sys.argv[2])))
+engine.install()
+authority = trustme.CA()
+server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+authority.issue_cert("localhost", key_type=trustme.KeyType.RSA).configure_cert(server_context)
+client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+authority.configure_trust(client_context)
+factory = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[sys.argv[3]]
+with asyncio.Runner(loop_factory=factory) as runner:
+    runner.run(main())
+print(engine.counts.in_flight)
+"""
+
+
+@pytest.mark.parametrize("state", ["paused", "abandoned"])
+@pytest.mark.parametrize("loop_name", ["asyncio", "uvloop"])
+def test_exit_with_a_native_job_under_way_is_silent(
+    tmp_path: Path, loop_name: str, state: str
+) -> None:
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", EXIT, tests, tmp_path, loop_name, state],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    assert done.stdout == "1\n"
+    assert done.returncode == 0
 
 
 async def test_fd_that_cannot_be_watched_raises_and_leaves_the_native_job(
