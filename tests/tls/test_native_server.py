@@ -143,7 +143,7 @@ async def test_native_job_ends_though_its_connection_has(
     client_context: ssl.SSLContext,
     leave: Callable[[socket.socket, tls.Server], None],
 ) -> None:
-    timeout = 0.1 if leave is wait else 60
+    timeout = 0.5 if leave is wait else 60
     engine.hold()
     async with serving(server_context, ssl_handshake_timeout=timeout) as server:
         with client_in_mid_handshake(server, client_context) as sock:
