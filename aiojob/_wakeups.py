@@ -15,12 +15,12 @@ import asyncio
 import errno
 import logging
 from _thread import get_ident
-from asyncio import Future, get_running_loop
+from asyncio import Future, InvalidStateError, get_running_loop
 from collections import deque
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from os import fstat, get_inheritable
 from stat import S_IFMT
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from weakref import WeakKeyDictionary, ref
 
 from ._errors import EngineError, WaitFdError
@@ -49,11 +49,8 @@ TRIM_PAUSE: Final = 10e-3
 """Seconds between such steps."""
 
 
-class Delivery(Protocol):
-    """What a thread posts to an event loop."""
-
-    def wake(self) -> None:
-        """End somebody's wait, in the loop's thread; must not raise."""
+Delivery = tuple[Callable[[Any], object], Any]
+"""What a thread posts to an event loop: a callback for the loop's thread, and its argument."""
 
 
 class Waker:
@@ -70,7 +67,7 @@ class Waker:
     def wake(self) -> None:
         """End the job's pause, or its next one. Any thread may call this."""
         if get_ident() != self._hub.ident:
-            self._hub.post(self)
+            self._hub.post(Waker.wake, self)
             return
         self._polls = 0
         future = self._future
@@ -249,15 +246,18 @@ class Hub:
 
     # -- completions from other threads
 
-    def post(self, delivery: Delivery) -> None:
-        """Wake somebody in the loop's thread; deliveries that come together share a wake-up.
+    def post(self, callback: Callable[[Any], object], arg: Any) -> None:
+        """Call ``callback(arg)`` in the loop's thread; calls that come together share a wake-up.
 
-        Append, then test the flag; the drain clears the flag, then pops until the deque is
+        The callback ends somebody's wait. It may raise no more than `InvalidStateError`: the
+        future that it sets is done, and nobody waits any more.
+
+        Append, then test the flag; the drain clears the flag, then delivers until the deque is
         empty. If the flag were tested first, the drain could empty the deque between the test
         and the append, and the delivery would lie there with no drain to come.
         """
-        self._posted.append(delivery)
-        loop = self.loop
+        self._posted.append((callback, arg))
+        loop = self._loop()
         if self._scheduled and loop is not None and not loop.is_closed():
             return
         self._scheduled = True
@@ -277,14 +277,25 @@ class Hub:
     def _drain(self) -> None:
         self._scheduled = False
         self.ident = get_ident()
-        # Those that come while this runs are bounded too: the loop has others to serve.
-        for _ in range(len(self._posted) + 16):
+        try:
+            # Those that come while this runs are bounded too: the loop has others to serve.
+            self._deliver(len(self._posted) + 16)
+        finally:  # a KeyboardInterrupt leaves the others to the loop's next run
+            if self._posted:
+                get_running_loop().call_soon(self._drain)
+
+    def _deliver(self, at_most: int) -> None:
+        posted = self._posted
+        for _ in range(at_most):
             try:
-                delivery = self._posted.popleft()
+                callback, arg = posted[0]
             except IndexError:
                 return
-            delivery.wake()
-        get_running_loop().call_soon(self._drain)
+            try:
+                callback(arg)
+            except InvalidStateError:
+                logger.debug("a job or a coroutine was woken that does not wait any more")
+            posted.popleft()  # only now, lest an interrupt loses it
 
     # -- the size of the pool
 
@@ -346,17 +357,27 @@ def _unwatchable(ctx: WaitCtx, entry: WaitFd, error: Exception) -> WaitFdError:
     return WaitFdError(error.errno, f"{what}: {error.strerror}")
 
 
+_latest: Hub | None = None
 _hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
 
 
-def current_hub() -> Hub:
+def hub_of(loop: asyncio.AbstractEventLoop) -> Hub:
     """Return the hub of the running event loop, made when first asked for."""
-    loop = get_running_loop()
+    global _latest
+    hub = _latest
+    if hub is not None and hub._loop() is loop:
+        return hub
     try:
-        return _hubs[loop]
+        hub = _hubs[loop]
     except KeyError:
         hub = _hubs[loop] = Hub(loop)
-        return hub
+    _latest = hub
+    return hub
+
+
+def current_hub() -> Hub:
+    """Return the hub of the event loop that runs in this thread."""
+    return hub_of(get_running_loop())
 
 
 def loop_runs() -> bool:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -309,13 +310,18 @@ def test_completions_of_a_context_share_one_fd_that_is_unreadable_afterwards() -
 
     def job() -> None:
         for _ in range(3):
-            completion: Completion[None] = Completion()
-            with soon(completion.set_result, None):
-                completion.wait()
+            waited_for.append(Completion())
+            waited_for[-1].wait()
             seen.extend(get_wait_ctx().get_all_fds())
             assert not select.select(get_wait_ctx().get_all_fds(), [], [], 0)[0]
 
-    under_select(job)
+    waited_for: list[Completion[None]] = []
+    with WaitCtx() as ctx:
+        status, started, _ = start_job(None, ctx, job)
+        while started is not None:
+            waited_for[-1].set_result(None)
+            status, started, _ = start_job(started, ctx)
+    assert status is JobStatus.FINISH
     assert len(seen) == 3
     assert len(set(seen)) == 1
 
@@ -644,6 +650,31 @@ def test_offload_sees_a_copy_of_the_context(environment: Environment) -> None:
         return before
 
     assert contextvars.copy_context().run(environment, job) == (5, 5)
+
+
+class Large:
+    """An argument that should not be kept."""
+
+
+def fail_with(large: Large) -> None:
+    raise OpError(large)
+
+
+def test_offload_leaves_nothing_to_the_garbage_collector(environment: Environment) -> None:
+    def job() -> tuple[weakref.ref[Large], weakref.ref[Large]]:
+        returned, raised = Large(), Large()
+        references = weakref.ref(returned), weakref.ref(raised)
+        assert offload(lambda large: large, returned) is returned
+        with pytest.raises(OpError) as caught:
+            offload(fail_with, raised)
+        del caught
+        return references
+
+    # A worker lets go of its call after it has told of it.
+    references = environment(job)
+    for workers in _offload.all_workers():
+        assert not workers.end(20)
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_offload_inside_offload_cannot_exhaust_the_workers(

@@ -11,6 +11,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NoReturn
 
 import greenlet
@@ -473,10 +474,10 @@ def test_late_callbacks_are_not_kept_when_the_loop_closed_before_its_drain(
         return _wakeups.current_hub()
 
     late = loop.run_until_complete(hub())
-    late.post(_wakeups.Waker(late))
+    late.post(_wakeups.Waker.wake, _wakeups.Waker(late))
     loop.close()
     for _ in range(10):
-        late.post(_wakeups.Waker(late))
+        late.post(_wakeups.Waker.wake, _wakeups.Waker(late))
     assert not late._posted
 
 
@@ -617,16 +618,13 @@ async def test_completions_that_follow_each_other_let_the_loop_serve_others() ->
     hub = _wakeups.current_hub()
     turns: list[int] = []
 
-    class Chained(_wakeups.Waker):
-        __slots__ = ()
-
-        def wake(self) -> None:
-            if len(turns) < 100:
-                turns.append(served)
-                hub.post(Chained(hub))
+    def chained(_: None) -> None:
+        if len(turns) < 100:
+            turns.append(served)
+            hub.post(chained, None)
 
     served = 0
-    hub.post(Chained(hub))
+    hub.post(chained, None)
     while len(turns) < 100:
         await asyncio.sleep(0)
         served += 1
@@ -638,12 +636,6 @@ def test_interrupted_post_does_not_keep_later_ones_from_the_loop(
 ) -> None:
     woken: list[str] = []
 
-    class Recorded(_wakeups.Waker):
-        __slots__ = ()
-
-        def wake(self) -> None:
-            woken.append("woken")
-
     class Interrupted:
         def call_soon_threadsafe(self, *args: object) -> NoReturn:
             raise KeyboardInterrupt
@@ -652,12 +644,46 @@ def test_interrupted_post_does_not_keep_later_ones_from_the_loop(
         hub = _wakeups.current_hub()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(hub, "_loop", Interrupted)
-            hub.post(Recorded(hub))
-        hub.post(Recorded(hub))
+            hub.post(woken.append, "woken")
+        hub.post(woken.append, "woken")
         await until(lambda: len(woken) == 2)
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
+
+
+def test_interrupted_drain_loses_no_delivery(
+    loop_factory: Callable[[], Any],
+) -> None:
+    delivered: list[str] = []
+
+    def interrupted_once(name: str) -> None:
+        if not delivered:
+            delivered.append("interrupted")
+            raise KeyboardInterrupt
+        delivered.append(name)
+
+    async def main() -> None:
+        hub = _wakeups.current_hub()
+        for name in ("first", "second"):
+            hub.post(interrupted_once, name)
+        await until(lambda: len(delivered) == 3)
+
+    with closing(loop_factory()) as loop:
+        task = loop.create_task(main())
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(task)
+        loop.run_until_complete(task)
+    assert delivered == ["interrupted", "first", "second"]
+
+
+async def test_delivery_to_a_future_that_is_done_is_dropped() -> None:
+    hub = _wakeups.current_hub()
+    cancelled, waiting = asyncio.Future[int](), asyncio.Future[int]()
+    cancelled.cancel()
+    hub.post(cancelled.set_result, 1)
+    hub.post(waiting.set_result, 2)
+    assert await waiting == 2
 
 
 def test_no_job_runs_where_none_was_started() -> None:

@@ -19,10 +19,8 @@ from aiojob.testing import open_fds
 
 
 class NoCall:
-    def run(self) -> None:
+    def run(self, ended: Callable[[Any], object]) -> None:
         raise AssertionError("not to be run")
-
-    deliver = run
 
 
 class SleepingWorker(Worker):
@@ -32,17 +30,19 @@ class SleepingWorker(Worker):
         super().__init__(workers)
         self.waits = list(waits)
 
-    def wait(self, seconds: float = -1) -> bool:
+    def wait(self, seconds: float) -> bool:
         return self.waits.pop(0)()
 
 
 def test_wake_up_under_way_is_not_doubled() -> None:
-    workers = Workers(0, 2)
-    worker = Worker(workers)
-    workers._idle.append(worker)
-    workers._waking = True
-    workers._wake_one()
-    assert workers._idle == [worker]
+    workers = Workers(0, 0)
+    first, second = (Worker(workers) for _ in range(2))
+    for worker in (first, second):
+        worker.is_resting = True
+        workers._idle.append(worker)
+    for _ in range(2):
+        workers.submit(NoCall())
+    assert (first.wait(0), second.wait(0), workers._waking) == (False, True, True)
 
 
 def test_wake_up_that_finds_nobody_idle_is_not_under_way() -> None:
@@ -51,27 +51,53 @@ def test_wake_up_that_finds_nobody_idle_is_not_under_way() -> None:
     assert not workers._waking
 
 
-def test_worker_chosen_when_its_idle_time_ends_waits_for_the_wake_up() -> None:
-    workers = Workers(0, 2)
+def test_worker_that_is_woken_twice_gets_up_once() -> None:
+    worker = Worker(Workers(0, 2))
+    worker.wake()
+    worker.wake()
+    assert worker.wait(0)
+    assert not worker.wait(0)
+
+
+def test_worker_chosen_when_its_idle_time_ends_leaves_no_wake_up_under_way() -> None:
+    workers = Workers(0, 0)
 
     def chosen_meanwhile() -> bool:
+        workers._calls.append(NoCall())
         workers._wake_one()
+        assert workers._waking
         return False
 
-    worker = SleepingWorker(workers, chosen_meanwhile, lambda: True)
+    worker = SleepingWorker(workers, chosen_meanwhile)
     assert workers._rest(worker)
     assert (worker.waits, workers._idle, workers._waking) == ([], [], False)
 
 
-def test_worker_whose_wake_up_was_interrupted_goes_on() -> None:
-    workers = Workers(0, 2)
+def test_wake_up_that_comes_after_its_worker_got_up_goes_to_another_one() -> None:
+    """The idle time of the one that was chosen ended just before, and it works or is gone."""
+    workers = Workers(0, 0)
+    other = Worker(workers)
+    other.is_resting = True
 
-    def chosen_but_not_woken() -> bool:
-        workers._idle.pop()
-        workers._waking = True
-        return False
+    class Late(Worker):
+        def wake(self) -> None:
+            workers._idle.remove(self)
 
-    assert workers._rest(SleepingWorker(workers, chosen_but_not_woken, lambda: False))
+    workers._idle += [other, Late(workers)]
+    workers._wake_one()
+    assert other.wait(0)
+    assert workers._waking
+
+
+def test_wake_up_that_comes_after_the_last_idle_worker_got_up_is_not_under_way() -> None:
+    workers = Workers(0, 0)
+
+    class Late(Worker):
+        def wake(self) -> None:
+            workers._idle.remove(self)
+
+    workers._idle.append(Late(workers))
+    workers._wake_one()
     assert not workers._waking
 
 
@@ -86,7 +112,8 @@ def test_worker_that_goes_idle_sees_a_limit_that_was_lowered_just_before() -> No
     workers = Workers(0, 1)
     worker = SleepingWorker(workers)
     workers._workers = (worker, Worker(workers))
-    assert not workers._rest(worker)
+    assert workers._rest(worker)  # without any wait
+    workers.serve(worker)
     assert len(workers.threads) == 1
 
 
@@ -118,12 +145,11 @@ class MeetingCall(NoCall):
         self._results = results
         self._met = False
 
-    def run(self) -> None:
+    def run(self, ended: Callable[[Any], object]) -> None:
         with suppress(threading.BrokenBarrierError):
             self._barrier.wait(20)
             self._met = True
-
-    def deliver(self) -> None:
+        ended(self)
         self._results.put(self._met)
 
 
@@ -156,6 +182,27 @@ def test_call_that_no_thread_could_be_had_for_counts_as_finished(
     with pytest.raises(RuntimeError, match="new thread"):
         workers.submit(NoCall())
     assert (list(workers._calls), workers._unfinished) == ([], set())
+
+
+def test_raised_limit_starts_as_many_threads_as_can_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, barrier = Worker.start, threading.Barrier(2)
+    results = queue.SimpleQueue[bool]()
+
+    def start_one(self: Worker) -> None:
+        if len(workers.threads) == 2:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    workers = Workers(0, 1)
+    for _ in range(4):
+        workers.submit(MeetingCall(barrier, results))
+    monkeypatch.setattr(Worker, "start", start_one)
+    workers.resize(4)
+    assert [results.get() for _ in range(4)] == [True] * 4
+    assert len(workers.threads) == 2
+    assert not workers.end(20)
 
 
 # -- the fds that engines make

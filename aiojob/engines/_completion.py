@@ -116,7 +116,7 @@ class Completion(Generic[T]):
         try:
             raise error
         finally:
-            del error  # its traceback holds this frame
+            del self, error  # its traceback holds this frame
 
     def _wait(self, timeout: float | None) -> None:
         try:

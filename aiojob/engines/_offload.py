@@ -5,20 +5,18 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
-from abc import ABC, abstractmethod
 from asyncio import Future, get_running_loop
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextvars import copy_context
 from functools import partial
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, NoReturn, ParamSpec, TypeVar, overload
 
-from .._job import can_await
-from .._run import await_
-from .._wakeups import current_hub
+from .._job import way_to_await
+from .._wakeups import current_hub, hub_of
 from ._completion import Completion
 from ._futures import wait_future
-from ._workers import Worker, Workers
+from ._workers import Workers, nesting
 
 __all__ = ["offload", "offload_async", "set_offload_threads"]
 
@@ -64,11 +62,19 @@ def offload(  # type: ignore[misc]
     """
     if executor is not None:
         return wait_future(_submit(executor, func, args, kwargs))
-    if can_await():
-        return _in_job(func, args, kwargs)
-    if isinstance(threading.current_thread(), Worker):
-        return copy_context().run(func, *args, **kwargs)
-    return _blocking(func, args, kwargs)
+    pause = way_to_await()
+    if pause is None:
+        return _blocking(func, args, kwargs)
+    loop = get_running_loop()
+    future: Future[Any] = Future(loop=loop)
+    call = _JobCall(func, args, kwargs, future, hub_of(loop).post)
+    _levels[nesting.level].submit(call)
+    try:
+        outcome = pause(future)
+    except BaseException:
+        call.drop()
+        raise
+    return outcome if outcome is not call else call.fail()
 
 
 @overload
@@ -99,9 +105,10 @@ def offload_async(  # type: ignore[misc]
         future = get_running_loop().create_future()
         _Relay(future).follow(_submit(executor, func, args, kwargs))
         return future
-    call = _AsyncCall(func, args, kwargs)
-    _workers().submit(call)
-    return call.future
+    loop = get_running_loop()
+    future = loop.create_future()
+    _levels[nesting.level].submit(_AsyncCall(func, args, kwargs, future, hub_of(loop).post))
+    return future
 
 
 def set_offload_threads(limit: int) -> None:
@@ -128,134 +135,124 @@ def set_offload_threads(limit: int) -> None:
 
 
 class _Call:
-    """A call of a function: by a worker, for somebody who waits."""
+    """A call of a function, by a worker, for somebody who waits.
 
-    __slots__ = ("_args", "_error", "_func", "_kwargs", "_run", "_value", "is_dropped")
+    Args:
+        waiter: What is told how the call ended: a completion, or a future of an event loop.
+        post: How it is told from a worker's thread, ``post(waiter.set_result, value)``.
+    """
+
+    __slots__ = ("_args", "_func", "_kwargs", "_post", "_run", "_waiter")
 
     def __init__(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        waiter: Completion[Any] | Future[Any],
+        post: Callable[[Callable[[Any], object], Any], object],
     ) -> None:
-        self._run = copy_context().run
+        self._run: Callable[..., Any] = copy_context().run
         self._func = func
         self._args = args
         self._kwargs = kwargs
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self.is_dropped = False
+        self._waiter = waiter
+        self._post = post
 
-    def run(self) -> None:
-        """Call the function, in a worker, unless nobody waits any more."""
-        if not self.is_dropped:
-            try:
-                self._value = self._run(self._func, *self._args, **self._kwargs)
-            except BaseException as error:
-                # Without this frame, the traceback is the function's own.
-                traceback = error.__traceback__
-                self._error = error.with_traceback(traceback and traceback.tb_next)
-                del traceback
-        del self._run, self._func, self._args, self._kwargs  # may be large
+    def run(self, ended: Callable[[Any], object]) -> None:
+        """Call the function, unless the call was dropped; see `aiojob.engines._workers.Call`."""
+        try:
+            outcome = self._run(self._func, *self._args, **self._kwargs)
+            tell: Callable[[Any], object] = self._waiter.set_result
+        except BaseException as error:
+            # Without this frame, the traceback is the function's own.
+            traceback = error.__traceback__
+            tell, outcome = self._failed(error.with_traceback(traceback and traceback.tb_next))
+            del traceback
+        # May be large, and the call of a job lives on until the job goes on.
+        del self._run, self._func, self._args, self._kwargs
+        ended(self)
+        self._post(tell, outcome)
+        del self, tell, outcome  # what was raised holds this frame
 
-    def result(self) -> Any:
-        """Return or raise what the function did."""
-        if self._error is None:
-            return self._value
+    def _failed(self, error: BaseException) -> tuple[Callable[[Any], object], Any]:
+        """Return how the waiter is told that the function raised this."""
+        return self._waiter.set_exception, error
+
+    def drop(self) -> None:
+        """Have the function not called, unless it has been: nobody waits any more."""
+        self._run = _skip
+
+
+def _skip(*args: Any, **kwargs: Any) -> None:
+    """Stand for the function of a call that was dropped."""
+
+
+class _JobCall(_Call):
+    """A call that a job waits for. When it has failed, it is the result of its future.
+
+    A future cannot raise a `StopIteration`, and would hold what it raises.
+    """
+
+    __slots__ = ("_error",)
+
+    def _failed(self, error: BaseException) -> tuple[Callable[[Any], object], Any]:
+        self._error: BaseException | None = error
+        tell = self._waiter.set_result
+        del self._waiter  # which holds this from now on
+        return tell, self
+
+    def fail(self) -> NoReturn:
+        """Raise what the function raised."""
+        assert self._error is not None
         try:
             raise self._error
         finally:
             self._error = None  # its traceback holds this frame
 
 
-class _BlockingCall(_Call):
-    """A call that a thread waits for, or a job of a hand-written loop."""
-
-    __slots__ = ("completion",)
-
-    def __init__(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        super().__init__(func, args, kwargs)
-        self.completion: Completion[None] = Completion(on_cancel=self.drop)
-
-    def drop(self) -> None:
-        self.is_dropped = True
-
-    def deliver(self) -> None:
-        self.completion.set_result(None)
-
-
-class _LoopCall(_Call, ABC):
-    """A call that the running event loop is told of, for somebody who awaits the future."""
-
-    __slots__ = ("_hub", "future")
-
-    def __init__(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        super().__init__(func, args, kwargs)
-        self.future: Future[Any] = get_running_loop().create_future()
-        self._hub = current_hub()
-
-    def deliver(self) -> None:
-        self._hub.post(self)
-
-    @abstractmethod
-    def wake(self) -> None:
-        """Hand the call over, in the loop's thread."""
-
-
-class _JobCall(_LoopCall):
-    """A call that a job waits for: it takes the outcome from the call."""
+class _AsyncCall(_Call):
+    """A call that a coroutine waits for, or nobody any more: its future may be cancelled."""
 
     __slots__ = ()
 
-    def wake(self) -> None:
-        if not self.future.done():
-            self.future.set_result(None)
+    _waiter: Future[Any]
+
+    def run(self, ended: Callable[[Any], object]) -> None:
+        if self._waiter.cancelled():
+            self.drop()
+        super().run(ended)
+
+    def _failed(self, error: BaseException) -> tuple[Callable[[Any], object], Any]:
+        return self._waiter.set_exception, _awaitable(error)
 
 
-class _AsyncCall(_LoopCall):
-    """A call that a coroutine waits for: it takes the outcome from the future."""
-
-    __slots__ = ()
-
-    def run(self) -> None:
-        self.is_dropped = self.future.cancelled()
-        super().run()
-
-    def wake(self) -> None:
-        _settle(self.future, self._value, self._error)
-        self._error = None  # its traceback may hold who holds this
-
-
-def _settle(future: Future[Any], value: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(value)
-    elif isinstance(error, StopIteration):
-        refused = RuntimeError("the offloaded function raised StopIteration")
-        refused.__cause__ = error
-        future.set_exception(refused)
-    else:
-        future.set_exception(error)
-
-
-def _in_job(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call = _JobCall(func, args, kwargs)
-    _workers().submit(call)
-    try:
-        await_(call.future)
-    except BaseException:
-        call.is_dropped = True
-        raise
-    return call.result()
+def _awaitable(error: BaseException) -> BaseException:
+    """Return what a future can raise instead: no `StopIteration`."""
+    if not isinstance(error, StopIteration):
+        return error
+    refused = RuntimeError("the offloaded function raised StopIteration")
+    refused.__cause__ = error
+    return refused
 
 
 def _blocking(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call = _BlockingCall(func, args, kwargs)
-    _workers().submit(call)
-    call.completion.wait()
-    return call.result()
+    if nesting.level:
+        return copy_context().run(func, *args, **kwargs)
+    completion: Completion[Any] = Completion()
+    call = _Call(func, args, kwargs, completion, _tell)
+    _levels[0].submit(call)
+    try:
+        return completion.wait()
+    except BaseException:
+        call.drop()
+        raise
+    finally:
+        del call, completion  # what was raised holds this frame, and they hold that
+
+
+def _tell(tell: Callable[[Any], object], outcome: Any) -> None:
+    tell(outcome)
 
 
 # -- executors
@@ -291,26 +288,25 @@ class _Relay:
     def follow(self, source: concurrent.futures.Future[Any]) -> None:
         self._source = source
         self._future.add_done_callback(self._cancel)
-        source.add_done_callback(lambda _: self._hub.post(self))
+        source.add_done_callback(lambda _: self._hub.post(_Relay._settle, self))
 
     def _cancel(self, future: Future[Any]) -> None:
         if future.cancelled():
             self._source.cancel()
 
-    def wake(self) -> None:
-        """Hand the result over, in the loop's thread."""
+    def _settle(self) -> None:
         if self._source.cancelled():
             self._future.cancel()
         elif (error := self._source.exception()) is not None:
-            _settle(self._future, None, error)
+            self._future.set_exception(_awaitable(error))
         else:
-            _settle(self._future, self._source.result(), None)
+            self._future.set_result(self._source.result())
 
 
 # -- the workers, by level of nesting
 
 
-class _Levels:
+class _Levels(dict[int, Workers]):
     """The workers of each level; those of level 1 run calls that come from workers of level 0."""
 
     def __init__(self) -> None:
@@ -320,23 +316,17 @@ class _Levels:
 
     def forget(self) -> None:
         """Begin without workers: a forked process has none."""
-        self._workers: dict[int, Workers] = {}
+        self.clear()
         self._changing = threading.Lock()
 
-    def __iter__(self) -> Iterator[Workers]:
-        return iter(tuple(self._workers.values()))
-
-    def __getitem__(self, level: int) -> Workers:
-        try:
-            return self._workers[level]
-        except KeyError:
-            with self._changing:
-                return self._workers.setdefault(level, Workers(level, self._limit))
+    def __missing__(self, level: int) -> Workers:
+        with self._changing:
+            return self.setdefault(level, Workers(level, self._limit))
 
     def resize(self, limit: int) -> None:
         with self._changing:
             self._limit = limit
-            for workers in self:
+            for workers in self.values():
                 workers.resize(limit)
 
 
@@ -345,14 +335,8 @@ _levels = _Levels()
 
 def all_workers() -> Iterator[Workers]:
     """Return the workers of every level."""
-    return iter(_levels)
+    return iter(tuple(_levels.values()))
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch
     os.register_at_fork(after_in_child=_levels.forget)
-
-
-def _workers() -> Workers:
-    """Return the workers for calls that come from this thread."""
-    thread = threading.current_thread()
-    return _levels[thread.level + 1 if isinstance(thread, Worker) else 0]

@@ -1,7 +1,7 @@
 """Worker threads that start when they are needed and end when they are not. No jobs in here.
 
 The worker that went idle last is woken first: it is warm, and those that are not needed see their
-idle time pass. At most one wake-up is under way; a woken worker wakes the next one before it
+idle time pass. One wake-up at a time is under way; a woken worker wakes the next one before it
 runs its call, so that tiny calls stay with few threads, and blocking ones spread at once.
 
 Guarantees. A call never waits behind another one while a thread for it may still be started:
@@ -17,8 +17,13 @@ Each of these races is won by the same means, to write first and to look then:
   looks for calls, and comes back if there are any.
 - A resize sets the limit, then wakes the idle workers; a worker enters these, then looks at the
   limit.
-- A woken worker clears the mark of the wake-up under way, then takes a call, and then wakes another
-  if there are more: a submit that saw the mark had appended its call by then.
+- A worker that gets up leaves the idle ones, clears the mark of the wake-up under way, then takes
+  a call, and then wakes another worker if there are more: a submit that saw the mark had
+  appended its call by then.
+- Who wakes a worker marks the wake-up as under way, then looks whether that worker still rests; a
+  worker that gets up, for whatever reason, rests no more, then clears the mark. So no mark
+  stays that nobody will clear, however late a wake-up comes. It may then come to a worker
+  that has not been chosen: who gets up for nothing just looks for calls.
 """
 
 from __future__ import annotations
@@ -26,10 +31,12 @@ from __future__ import annotations
 import threading
 from _thread import allocate_lock
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-__all__ = ["IDLE_SECONDS", "Call", "Workers"]
+__all__ = ["IDLE_SECONDS", "Call", "Workers", "nesting"]
 
 IDLE_SECONDS: Final = 10.0
 """A worker that had nothing to do for so long ends."""
@@ -38,34 +45,48 @@ IDLE_SECONDS: Final = 10.0
 class Call(Protocol):
     """What a worker does."""
 
-    def run(self) -> None:
-        """Do the work; must not raise."""
+    def run(self, ended: Callable[[Any], object]) -> None:
+        """Do the work, call `ended` with this, and then tell who waits for it; must not raise.
 
-    def deliver(self) -> None:
-        """Tell who waits for it; must not raise."""
+        In this order: who has been told may submit another call, and counts the unfinished ones.
+        """
+
+
+class _Nesting(threading.local):
+    level = 0
+    """How many offloads this thread is nested in: of which `Workers` it needs a thread."""
+
+
+nesting: Final = _Nesting()
 
 
 class Worker(threading.Thread):
     """A thread that runs calls.
 
-    level: of how many nested offloads its calls are; see `Workers`.
+    is_resting: whether it waits to be woken, or is about to.
     """
 
     def __init__(self, workers: Workers) -> None:
         # A daemon: an interpreter that exits does not wait for a call that nobody waits for.
         super().__init__(name="aiojob worker", daemon=True)
-        self.level = workers.level
+        self.is_resting = False
         self._workers = workers
         self._woken = allocate_lock()
         self._woken.acquire()
 
     def run(self) -> None:
+        nesting.level = self._workers.level + 1
         self._workers.serve(self)
 
     def wake(self) -> None:
-        self._woken.release()
+        """End its wait, or its next one."""
+        try:
+            self._woken.release()
+        except RuntimeError:
+            return  # it has been woken already
 
-    def wait(self, seconds: float = -1) -> bool:
+    def wait(self, seconds: float) -> bool:
+        """Wait to be woken; say whether it was."""
         return self._woken.acquire(timeout=seconds)
 
 
@@ -101,9 +122,9 @@ class Workers:
         """
         self._unfinished.add(call)
         self._calls.append(call)
-        if self._idle:
+        if self._idle and not self._waking:
             self._wake_one()
-        if self._lacks_workers():
+        if len(self._workers) < self.limit and self._lacks_workers():
             self._grow(call)
 
     def _lacks_workers(self) -> bool:
@@ -128,49 +149,43 @@ class Workers:
         self._workers = (*self._workers, worker)
 
     def _wake_one(self) -> None:
-        if self._waking:
-            return
-        try:
-            worker = self._idle.pop()
-        except IndexError:
-            return
-        self._waking = True
-        worker.wake()
+        while True:
+            try:
+                worker = self._idle[-1]
+            except IndexError:
+                return
+            worker.wake()
+            self._waking = True
+            if worker.is_resting:
+                return
+            self._waking = False  # it may have cleared the mark before it was set
 
     def serve(self, worker: Worker) -> None:
         """Run calls, in a worker's thread, until there were none for a while."""
+        calls, idle, ended = self._calls, self._idle, self._unfinished.remove
         while True:
-            if self._has_surplus() and self._end(worker):
+            if len(self._workers) > self.limit and self._end(worker):
                 return
             try:
-                call = self._calls.popleft()
+                call = calls.popleft()
             except IndexError:
                 if self._rest(worker):
                     continue
                 return
-            if self._calls and self._idle:
+            if calls and idle and not self._waking:
                 self._wake_one()
-            call.run()
-            self._unfinished.remove(call)  # before anybody can learn of it, and submit another
-            call.deliver()
+            call.run(ended)
             del call
 
     def _rest(self, worker: Worker) -> bool:
         """Wait to be woken; say whether to go on."""
+        worker.is_resting = True
         self._idle.append(worker)
-        needed = self._calls or self._has_surplus()
-        if not needed and worker.wait(self.idle_seconds):
-            self._waking = False
-            return True
-        try:
-            self._idle.remove(worker)
-        except ValueError:
-            # It was chosen meanwhile, and the wake-up is on its way; unless a KeyboardInterrupt hit
-            # whoever chose it, and so not for ever.
-            worker.wait(self.idle_seconds)
-            self._waking = False
-            return True
-        return bool(self._calls) or not self._end(worker)
+        is_needed = self._calls or self._has_surplus() or worker.wait(self.idle_seconds)
+        self._idle.remove(worker)
+        worker.is_resting = False
+        self._waking = False
+        return bool(is_needed or self._calls) or not self._end(worker)
 
     def _has_surplus(self) -> bool:
         return len(self._workers) > self.limit
@@ -188,7 +203,7 @@ class Workers:
         """Change the limit. Surplus workers end when they have finished what they do."""
         self.limit = limit
         self._wake_all()
-        with self._changing:
+        with self._changing, suppress(RuntimeError):  # no more threads: those there are will do
             for _ in range(min(len(self._calls), limit - len(self._workers))):
                 self._start_worker()
 
@@ -204,9 +219,5 @@ class Workers:
         return left
 
     def _wake_all(self) -> None:
-        while True:
-            try:
-                worker = self._idle.pop()
-            except IndexError:
-                return
+        for worker in tuple(self._idle):
             worker.wake()
