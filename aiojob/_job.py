@@ -636,16 +636,8 @@ def can_pause() -> bool:
 
 def can_await() -> bool:
     """Return whether `await_` would pause here: in a job of an event loop, and not blocked."""
-    return way_to_await() is not None
-
-
-def way_to_await() -> Callable[[Any], Any] | None:
-    """Return what `await_` calls here with what it awaits; None if it would not pause."""
-    current = getcurrent()
-    if type(current) is Fibre:
-        return current.way_back if current.way_back is current.port.home else None
     fibre = current_fibre()
-    return None if fibre is None or fibre.way_back is not fibre.port.home else pause_nested
+    return fibre is not None and fibre.way_back is fibre.port.home
 
 
 def get_current_job() -> Job | None:

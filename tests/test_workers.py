@@ -117,6 +117,22 @@ def test_worker_that_goes_idle_sees_a_limit_that_was_lowered_just_before() -> No
     assert len(workers.threads) == 1
 
 
+def test_worker_wakes_another_for_the_next_call_before_it_runs_its_own() -> None:
+    workers = Workers(0, 1)
+    other = Worker(workers)
+    other.is_resting = True
+    workers._idle.append(other)
+    woken: list[bool] = []
+
+    class Looking(NoCall):
+        def run(self, ended: Callable[[Any], object]) -> None:
+            woken.append(other.wait(0))
+
+    workers._calls += [Looking(), Looking()]
+    workers.serve(SleepingWorker(workers, lambda: False))
+    assert woken == [True, False]
+
+
 def test_worker_that_ends_stays_for_a_call_that_came_meanwhile() -> None:
     workers = Workers(0, 2)
     worker = Worker(workers)
@@ -169,6 +185,23 @@ def test_submit_interrupted_by_another_one_still_starts_its_worker() -> None:
     workers.submit(calls[0])
     assert [results.get(), results.get()] == [True, True]
     assert not workers.end(20)
+
+
+def test_worker_started_while_the_limit_is_lowered_has_a_surplus_one_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = Workers(0, 2)
+    idle = Worker(workers)
+    workers._workers = (idle,)
+    workers._idle.append(idle)
+
+    def lower_limit(self: Any) -> None:
+        workers.resize(1)
+        assert idle.wait(0)  # it looks, finds no surplus yet, and rests again
+
+    monkeypatch.setattr(Worker, "start", lower_limit)
+    workers._start_worker()
+    assert idle.wait(0)
 
 
 def test_call_that_no_thread_could_be_had_for_counts_as_finished(

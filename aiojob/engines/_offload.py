@@ -12,7 +12,8 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, NoReturn, ParamSpec, TypeVar, overload
 
-from .._job import way_to_await
+from .._job import can_await
+from .._run import await_
 from .._wakeups import current_hub, hub_of
 from ._completion import Completion
 from ._futures import wait_future
@@ -62,15 +63,14 @@ def offload(  # type: ignore[misc]
     """
     if executor is not None:
         return wait_future(_submit(executor, func, args, kwargs))
-    pause = way_to_await()
-    if pause is None:
+    if not can_await():
         return _blocking(func, args, kwargs)
     loop = get_running_loop()
     future: Future[Any] = Future(loop=loop)
     call = _JobCall(func, args, kwargs, future, hub_of(loop).post)
     _levels[nesting.level].submit(call)
     try:
-        outcome = pause(future)
+        outcome = await_(future)
     except BaseException:
         call.drop()
         raise

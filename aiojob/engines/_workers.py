@@ -16,7 +16,7 @@ Each of these races is won by the same means, to write first and to look then:
 - A submit appends its call, then counts the workers; a worker that ends leaves their number, then
   looks for calls, and comes back if there are any.
 - A resize sets the limit, then wakes the idle workers; a worker enters these, then looks at the
-  limit.
+  limit. Who has started a worker counts it, then looks at the limit too: it may be lower by now.
 - A worker that gets up leaves the idle ones, clears the mark of the wake-up under way, then takes
   a call, and then wakes another worker if there are more: a submit that saw the mark had
   appended its call by then.
@@ -147,6 +147,8 @@ class Workers:
         worker = Worker(self)
         worker.start()
         self._workers = (*self._workers, worker)
+        if self._has_surplus():
+            self._wake_all()
 
     def _wake_one(self) -> None:
         while True:
@@ -154,8 +156,8 @@ class Workers:
                 worker = self._idle[-1]
             except IndexError:
                 return
-            worker.wake()
             self._waking = True
+            worker.wake()
             if worker.is_resting:
                 return
             self._waking = False  # it may have cleared the mark before it was set
