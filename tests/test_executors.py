@@ -279,6 +279,39 @@ async def test_cancelled_call_to_a_cluster_is_not_waited_for(
     await in_job(os.close, await first, executor=executor)
 
 
+@of_kinds(DASK)
+@pytest.mark.parametrize("way", [in_job, in_coroutine])
+async def test_cancelled_call_to_a_cluster_is_dropped_if_it_has_not_begun(
+    way: Callable[..., Any], executor: Executor, tmp_path: Path
+) -> None:
+    from distributed import default_client
+
+    client = default_client()  # type: ignore[no-untyped-call]
+    fifo, begun = tmp_path / "fifo", tmp_path / "begun"
+    os.mkfifo(fifo)
+    first = offload_async(os.open, fifo, os.O_RDONLY, executor=executor)  # blocks the worker
+    task = asyncio.create_task(way(Path.touch, begun, executor=executor))
+    while not (keys := [key for key in await all_keys(client) if key.startswith("touch")]):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # Each event of the story begins with who tells it: the scheduler, or the worker's address.
+    while not any(
+        event[0] != "scheduler" and "forgotten" in event
+        for event in await offload_async(client.story, *keys)
+    ):
+        await asyncio.sleep(0)
+    os.close(await offload_async(os.open, fifo, os.O_WRONLY))  # lets the worker go on
+    await in_job(os.close, await first, executor=executor)
+    assert not begun.exists()
+
+
+async def all_keys(client: Any) -> list[str]:
+    """Return the keys of the calls that the cluster's scheduler has given to its workers."""
+    return [key for keys in (await offload_async(client.processing)).values() for key in keys]
+
+
 async def test_call_that_somebody_else_cancels_is_cancelled(threads: Executor) -> None:
     gate = Gate()
     first = offload_async(gate.wait, executor=threads)
