@@ -277,25 +277,22 @@ class Hub:
     def _drain(self) -> None:
         self._scheduled = False
         self.ident = get_ident()
+        posted = self._posted
         try:
             # Those that come while this runs are bounded too: the loop has others to serve.
-            self._deliver(len(self._posted) + 16)
+            for _ in range(len(posted) + 16):
+                try:
+                    callback, arg = posted[0]
+                except IndexError:
+                    return
+                try:
+                    callback(arg)
+                except InvalidStateError:
+                    logger.debug("a job or a coroutine was woken that does not wait any more")
+                posted.popleft()  # only now, lest an interrupt loses it
         finally:  # a KeyboardInterrupt leaves the others to the loop's next run
-            if self._posted:
+            if posted:
                 get_running_loop().call_soon(self._drain)
-
-    def _deliver(self, at_most: int) -> None:
-        posted = self._posted
-        for _ in range(at_most):
-            try:
-                callback, arg = posted[0]
-            except IndexError:
-                return
-            try:
-                callback(arg)
-            except InvalidStateError:
-                logger.debug("a job or a coroutine was woken that does not wait any more")
-            posted.popleft()  # only now, lest an interrupt loses it
 
     # -- the size of the pool
 

@@ -29,9 +29,7 @@ class SleepingWorker(Worker):
     def __init__(self, workers: Workers, *waits: Callable[[], bool]) -> None:
         super().__init__(workers)
         self.waits = list(waits)
-
-    def wait(self, seconds: float) -> bool:
-        return self.waits.pop(0)()
+        self.wait = lambda block, seconds: self.waits.pop(0)()
 
 
 def test_wake_up_under_way_is_not_doubled() -> None:
@@ -42,7 +40,7 @@ def test_wake_up_under_way_is_not_doubled() -> None:
         workers._idle.append(worker)
     for _ in range(2):
         workers.submit(NoCall())
-    assert (first.wait(0), second.wait(0), workers._waking) == (False, True, True)
+    assert (first.wait(True, 0), second.wait(True, 0), workers._waking) == (False, True, True)
 
 
 def test_wake_up_that_finds_nobody_idle_is_not_under_way() -> None:
@@ -55,8 +53,8 @@ def test_worker_that_is_woken_twice_gets_up_once() -> None:
     worker = Worker(Workers(0, 2))
     worker.wake()
     worker.wake()
-    assert worker.wait(0)
-    assert not worker.wait(0)
+    assert worker.wait(True, 0)
+    assert not worker.wait(True, 0)
 
 
 def test_worker_chosen_when_its_idle_time_ends_leaves_no_wake_up_under_way() -> None:
@@ -85,7 +83,7 @@ def test_wake_up_that_comes_after_its_worker_got_up_goes_to_another_one() -> Non
 
     workers._idle += [other, Late(workers)]
     workers._wake_one()
-    assert other.wait(0)
+    assert other.wait(True, 0)
     assert workers._waking
 
 
@@ -126,7 +124,7 @@ def test_worker_wakes_another_for_the_next_call_before_it_runs_its_own() -> None
 
     class Looking(NoCall):
         def run(self, ended: Callable[[Any], object]) -> None:
-            woken.append(other.wait(0))
+            woken.append(other.wait(True, 0))
 
     workers._calls += [Looking(), Looking()]
     workers.serve(SleepingWorker(workers, lambda: False))
@@ -197,11 +195,11 @@ def test_worker_started_while_the_limit_is_lowered_has_a_surplus_one_end(
 
     def lower_limit(self: Any) -> None:
         workers.resize(1)
-        assert idle.wait(0)  # it looks, finds no surplus yet, and rests again
+        assert idle.wait(True, 0)  # it looks, finds no surplus yet, and rests again
 
     monkeypatch.setattr(Worker, "start", lower_limit)
     workers._start_worker()
-    assert idle.wait(0)
+    assert idle.wait(True, 0)
 
 
 def test_call_that_no_thread_could_be_had_for_counts_as_finished(

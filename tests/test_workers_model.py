@@ -271,7 +271,7 @@ class Worker:
         self.run_.step()
         self._is_woken = True
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, block: bool, seconds: float) -> bool:
         woken = self.run_.wait(lambda: self._is_woken)
         self._is_woken = False
         return woken
@@ -475,7 +475,7 @@ SWAPS = {
         self._calls.append(call)
         if self._idle and not self._waking:
             self._wake_one()
-        if len(self._workers) < self.limit and self._lacks_workers():
+        if len(self._workers) < self.limit and len(self._workers) < len(self._unfinished):
 """,
         """\
         lacks = len(self._workers) < min(self.limit, len(self._unfinished) + 1)
@@ -504,11 +504,13 @@ SWAPS = {
         "two submits, two idle workers",
         """\
         self._idle.append(worker)
-        is_needed = self._calls or self._has_surplus()""",
+        is_needed = (
+            self._calls or""",
         """\
         has_calls = bool(self._calls)
         self._idle.append(worker)
-        is_needed = has_calls or self._has_surplus()""",
+        is_needed = (
+            has_calls or""",
     ),
     "a submit counts the workers, then appends its call": Swap(
         "a submit, an idle time that ends",
@@ -516,10 +518,10 @@ SWAPS = {
         self._calls.append(call)
         if self._idle and not self._waking:
             self._wake_one()
-        if len(self._workers) < self.limit and self._lacks_workers():
+        if len(self._workers) < self.limit and len(self._workers) < len(self._unfinished):
 """,
         """\
-        lacks = self._lacks_workers()
+        lacks = len(self._workers) < min(self.limit, len(self._unfinished))
         self._calls.append(call)
         if self._idle and not self._waking:
             self._wake_one()
@@ -551,11 +553,13 @@ SWAPS = {
         "two submits, a limit that is lowered",
         """\
         self._idle.append(worker)
-        is_needed = self._calls or self._has_surplus() or""",
+        is_needed = (
+            self._calls or len(self._workers) > self.limit or""",
         """\
-        has_surplus = self._has_surplus()
+        has_surplus = len(self._workers) > self.limit
         self._idle.append(worker)
-        is_needed = self._calls or has_surplus or""",
+        is_needed = (
+            self._calls or has_surplus or""",
     ),
     "a worker clears the mark, then leaves the idle ones": Swap(
         "two submits in turn, two idle workers",
@@ -619,11 +623,11 @@ SWAPS = {
         "two submits, a limit that is lowered",
         """\
         self._workers = (*self._workers, worker)
-        if self._has_surplus():
+        if len(self._workers) > self.limit:
             self._wake_all()
 """,
         """\
-        if self._has_surplus():
+        if len(self._workers) > self.limit:
             self._wake_all()
         self._workers = (*self._workers, worker)
 """,

@@ -64,6 +64,7 @@ class Worker(threading.Thread):
     """A thread that runs calls.
 
     is_resting: whether it waits to be woken, or is about to.
+    wait: waits so many seconds, ``wait(True, seconds)``, and says whether it was woken.
     """
 
     def __init__(self, workers: Workers) -> None:
@@ -72,6 +73,7 @@ class Worker(threading.Thread):
         self.is_resting = False
         self._workers = workers
         self._woken = allocate_lock()
+        self.wait: Callable[[bool, float], bool] = self._woken.acquire
         self._woken.acquire()
 
     def run(self) -> None:
@@ -84,10 +86,6 @@ class Worker(threading.Thread):
             self._woken.release()
         except RuntimeError:
             return  # it has been woken already
-
-    def wait(self, seconds: float) -> bool:
-        """Wait to be woken; say whether it was."""
-        return self._woken.acquire(timeout=seconds)
 
 
 class Workers:
@@ -124,16 +122,13 @@ class Workers:
         self._calls.append(call)
         if self._idle and not self._waking:
             self._wake_one()
-        if len(self._workers) < self.limit and self._lacks_workers():
+        if len(self._workers) < self.limit and len(self._workers) < len(self._unfinished):
             self._grow(call)
-
-    def _lacks_workers(self) -> bool:
-        return len(self._workers) < min(self.limit, len(self._unfinished))
 
     def _grow(self, call: Call) -> None:
         with self._changing:
-            if not self._lacks_workers():
-                return
+            if len(self._workers) >= min(self.limit, len(self._unfinished)):
+                return  # enough were started meanwhile
             try:
                 self._start_worker()
             except RuntimeError:
@@ -147,7 +142,7 @@ class Workers:
         worker = Worker(self)
         worker.start()
         self._workers = (*self._workers, worker)
-        if self._has_surplus():
+        if len(self._workers) > self.limit:
             self._wake_all()
 
     def _wake_one(self) -> None:
@@ -183,14 +178,13 @@ class Workers:
         """Wait to be woken; say whether to go on."""
         worker.is_resting = True
         self._idle.append(worker)
-        is_needed = self._calls or self._has_surplus() or worker.wait(self.idle_seconds)
+        is_needed = (
+            self._calls or len(self._workers) > self.limit or worker.wait(True, self.idle_seconds)
+        )
         self._idle.remove(worker)
         worker.is_resting = False
         self._waking = False
         return bool(is_needed or self._calls) or not self._end(worker)
-
-    def _has_surplus(self) -> bool:
-        return len(self._workers) > self.limit
 
     def _end(self, worker: Worker) -> bool:
         """Take a worker out that is not idle; say whether it may end."""
