@@ -148,11 +148,14 @@ class Acceptor(asyncio.BufferedProtocol):
         return received
 
     def send(self, data: bytes) -> None:
-        if self._reason is not None:  # and a callback swallowed the cancellation
-            raise self._reason
+        self._raise_if_given_up()
         if data:
             self._answered = True
             self._transport.write(data)
+
+    def _raise_if_given_up(self) -> None:
+        if self._reason is not None:  # and a callback swallowed the cancellation
+            raise self._reason
 
     # -- the connection's task
 
@@ -173,6 +176,7 @@ class Acceptor(asyncio.BufferedProtocol):
         handshake = self._handshake = Handshake(listener.context, listener.new_steps)
         token = current_steps.set(handshake.steps)
         await run_job(handshake.run, self)
+        self._raise_if_given_up()
         current_steps.reset(token)  # lest the context of the connection's reader keeps them
         received = handshake.incoming.read() + self._received
         tls_transport = await hand_over(

@@ -42,6 +42,9 @@ async def hand_over(
 
     Its protocol is nobody's, and its socket is not read: see `introduce`.
     """
+    if transport.is_closing():
+        return None
+    last_flight = handshake.outgoing.read()
     stand_in = ContextStandIn(context, partial(_finished, handshake))
     starting = loop.start_tls(
         transport,
@@ -53,7 +56,12 @@ async def hand_over(
     # It has the loop call connection_made() of a protocol of its own, and then resume_reading();
     # uvloop reads before this coroutine goes on. The pause is queued right behind these two.
     tls_transport = await _WithHook(starting, lambda: loop.call_soon(transport.pause_reading))
-    return None if transport.is_closing() else tls_transport
+    if transport.is_closing():
+        return None
+    # Not earlier: uvloop's start_tls reports a connection as an error of its own that is lost in
+    # the meantime, and writing is what would find that out.
+    transport.write(last_flight)
+    return tls_transport
 
 
 def introduce(

@@ -36,8 +36,8 @@ class Handshake:
     def run(self, peer: Peer) -> None:
         """Shake hands with a peer; in a job.
 
-        What the peer sent behind its part of the handshake is left in the incoming BIO. After an
-        error the outgoing one may hold an alert.
+        What the peer sent behind its part of the handshake is left in the incoming BIO, and in the
+        outgoing one what completes the handshake for the peer, or, after an error, an alert.
         """
         while True:
             self.incoming.write(peer.receive())
@@ -48,4 +48,3 @@ class Handshake:
             else:
                 break
         self.steps.finish()
-        peer.send(self.outgoing.read())

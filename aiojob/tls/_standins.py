@@ -103,6 +103,10 @@ class Shuttle:
         finally:
             self._carry_out()
 
+    def pending(self) -> int:
+        # uvloop reads on while this or its own BIO has something.
+        return self._object.pending() + self._incoming.pending
+
     def unwrap(self) -> None:
         self._carry_in()
         try:
