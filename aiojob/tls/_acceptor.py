@@ -16,7 +16,7 @@ import ssl
 from asyncio import AbstractEventLoop, CancelledError, Future, Task, TimerHandle, Transport
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Final, TypeAlias, cast
 
 from .._run import await_, run_job
 from ._handover import hand_over, introduce
@@ -27,6 +27,8 @@ __all__ = ["Acceptor", "Listener"]
 
 logger = logging.getLogger("aiojob")
 
+Established: TypeAlias = tuple[Transport, bytes]
+"""The loop's TLS transport of a connection, and what the peer has sent for it already."""
 READ_SIZE: Final = 16 * 1024
 """So many bytes are read from a socket at a time."""
 RECEIVED_LIMIT: Final = 64 * 1024
@@ -90,7 +92,7 @@ class Acceptor(asyncio.BufferedProtocol):
         self._reason: BaseException | None = None
         self._waiter: Future[None] | None = None
         self._handshake: Handshake | None = None
-        self.task: Task[None] | None = None
+        self.task: Task[Established | None] | None = None
 
     # -- what the transport calls
 
@@ -159,19 +161,17 @@ class Acceptor(asyncio.BufferedProtocol):
 
     # -- the connection's task
 
-    async def _main(self) -> None:
+    async def _main(self) -> Established | None:
         try:
-            established = await self._establish()
+            return await self._establish()
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, Exception | CancelledError):
                 raise
-            return
-        if established is not None:
-            self._introduce(*established)
+            return None
 
-    async def _establish(self) -> tuple[Transport, bytes] | None:
-        """Shake hands; return the TLS transport and what the peer has sent for it already."""
+    async def _establish(self) -> Established | None:
+        """Shake hands; return None if the peer leaves in the hand-over."""
         listener = self._listener
         handshake = self._handshake = Handshake(listener.context, listener.new_steps)
         token = current_steps.set(handshake.steps)
@@ -185,6 +185,8 @@ class Acceptor(asyncio.BufferedProtocol):
         return None if tls_transport is None else (tls_transport, received)
 
     def _introduce(self, tls_transport: Transport, received: bytes) -> None:
+        if self._transport.is_closing():  # since the task ended
+            return
         try:
             introduce(self._listener.protocol_factory(), tls_transport, self._transport, received)
         except Exception as error:
@@ -206,11 +208,14 @@ class Acceptor(asyncio.BufferedProtocol):
         seconds = self._listener.handshake_timeout
         self.give_up(TimeoutError(f"the TLS handshake took longer than {seconds} s"))
 
-    def _ended(self, task: Task[None]) -> None:
-        # Not by the task itself: one that is cancelled before its first step does nothing.
+    def _ended(self, task: Task[Established | None]) -> None:
+        # Not by the task itself: one that is cancelled before its first step does nothing; and to
+        # the application, no task is current, and the context is that of the server.
         self._leave()
         if task.cancelled():
             self._fail(CancelledError())
+        elif task.exception() is None and (established := task.result()) is not None:
+            self._introduce(*established)
 
     def _leave(self) -> bool:
         if self not in self._listener.acceptors:
