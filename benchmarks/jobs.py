@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any
@@ -16,8 +15,10 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 import aiojob
 
-from .measure import Contender, Row
+from .measure import Contender, Row, by_turns
+from .results import at_most
 
+NEVER_PAUSES = "a job that never pauses"
 Spawn = Callable[..., Awaitable[Any]]
 EVENT = (1).to_bytes(8, "little")
 
@@ -25,79 +26,66 @@ EVENT = (1).to_bytes(8, "little")
 def rows() -> Iterator[Row]:
     yield Row(
         "job",
-        "a job that never pauses",
+        NEVER_PAUSES,
+        by_turns(
+            {
+                "aiojob": one_after_another(aiojob.run_job),
+                "sqlalchemy": one_after_another(greenlet_spawn),
+                "awaitlet": one_after_another(awaitlet.async_def),
+                "greenback": one_after_another(greenback_run),
+                "to_thread": one_after_another(asyncio.to_thread),
+                "greenlet pair": switch_pairs,
+            },
+            200,
+        ),
         {
-            "aiojob": one_after_another(aiojob.run_job),
-            "sqlalchemy": one_after_another(greenlet_spawn),
-            "awaitlet": one_after_another(awaitlet.async_def),
-            "greenback": one_after_another(greenback_run),
-            "to_thread": one_after_another(asyncio.to_thread),
-            "greenlet pair": switch_pairs,
+            "sqlalchemy": at_most(0.17),
+            "awaitlet": at_most(0.17),
+            "greenback": at_most(0.13),
+            "to_thread": at_most(0.03),
+            "greenlet pair": at_most(3.2),
         },
-        {
-            "sqlalchemy": 0.17,
-            "awaitlet": 0.17,
-            "greenback": 0.13,
-            "to_thread": 0.03,
-            "greenlet pair": 3.2,
-        },
-        count=200,
     )
-    for jobs in (1, 100):
+    for jobs, target in ((1, 0.97), (100, 0.93)):
         yield Row(
             "await",
-            f"await_ of sleep(0), {jobs} job(s)",
-            {
-                "aiojob": in_jobs(aiojob.run_job, aiojob.await_, jobs),
-                "sqlalchemy": in_jobs(greenlet_spawn, await_only, jobs),
-                "greenback": in_jobs(greenback_run, greenback.await_, jobs),
-            },
-            {"sqlalchemy": 0.97 if jobs == 1 else 0.93, "greenback": 0.5},
-            count=600,
+            "await_ of sleep(0)",
+            by_turns(
+                {
+                    "aiojob": in_jobs(aiojob.run_job, aiojob.await_, jobs),
+                    "sqlalchemy": in_jobs(greenlet_spawn, await_only, jobs),
+                    "greenback": in_jobs(greenback_run, greenback.await_, jobs),
+                },
+                600,
+            ),
+            {"sqlalchemy": at_most(target), "greenback": at_most(0.5)},
+            jobs,
         )
-    for jobs in (1, 100):
+    for jobs, target in ((1, 1.2), (100, 1.05)):
         yield Row(
             "callback",
-            f"pause and wake by callback, {jobs} job(s)",
-            {
-                "aiojob": gathered(aiojob.run_job, woken_by_callback, jobs),
-                "sqlalchemy": gathered(greenlet_spawn, woken_by_future, jobs),
-            },
-            {"sqlalchemy": 1.2 if jobs == 1 else 1.05},
-            count=600,
+            "pause and wake by callback",
+            by_turns(
+                {
+                    "aiojob": gathered(aiojob.run_job, woken_by_callback, jobs),
+                    "sqlalchemy": gathered(greenlet_spawn, woken_by_future, jobs),
+                },
+                600,
+            ),
+            {"sqlalchemy": at_most(target)},
+            jobs,
         )
     yield Row(
         "eventfd",
         "pause and wake by an eventfd",
-        {
-            "aiojob": gathered(aiojob.run_job, woken_by_eventfd, 1),
-            "coroutine": add_and_remove_reader,
-        },
-        {"coroutine": 0.8},
-        count=200,
-    )
-    for jobs, target in ((1, 0.75), (10, 0.45), (100, 0.3), (1000, 0.65)):
-        yield Row(
-            "offload",
-            f"offload of a trivial function, {jobs} at a time",
+        by_turns(
             {
-                "aiojob": gathered(aiojob.run_job, offloaded, jobs),
-                "run_in_executor": gathered_coroutines(in_executor, jobs),
-                "to_thread": gathered_coroutines(in_to_thread, jobs),
-                "offload_async": gathered_coroutines(offloaded_async, jobs),
+                "aiojob": gathered(aiojob.run_job, woken_by_eventfd, 1),
+                "coroutine": add_and_remove_reader,
             },
-            {"run_in_executor": target},
-            count=max(jobs, 200),
-        )
-    yield Row(
-        "offload",
-        "offload of a function that blocks for 1 ms, 100 at a time",
-        {
-            "aiojob": gathered(aiojob.run_job, blocking_offloaded, 100),
-            "run_in_executor": gathered_coroutines(blocking_in_executor, 100),
-        },
-        {"run_in_executor": 1.0},
-        count=100,
+            200,
+        ),
+        {"coroutine": at_most(0.8)},
     )
 
 
@@ -146,7 +134,7 @@ def gathered(spawn: Spawn, job: Callable[[int], None], jobs: int) -> Contender:
 
 def gathered_coroutines(coroutine: Callable[[int], Awaitable[None]], number: int) -> Contender:
     async def contender(count: int) -> None:
-        await asyncio.gather(*(coroutine(count // number) for _ in range(number)))
+        await asyncio.gather(*(coroutine(max(1, count // number)) for _ in range(number)))
 
     return contender
 
@@ -190,39 +178,3 @@ async def add_and_remove_reader(count: int) -> None:
         loop.remove_reader(fd)
         os.read(fd, 8)
     os.close(fd)
-
-
-def offloaded(count: int) -> None:
-    for _ in range(count):
-        aiojob.offload(nothing)
-
-
-async def offloaded_async(count: int) -> None:
-    for _ in range(count):
-        await aiojob.offload_async(nothing)
-
-
-async def in_executor(count: int) -> None:
-    loop = asyncio.get_running_loop()
-    for _ in range(count):
-        await loop.run_in_executor(None, nothing)
-
-
-async def in_to_thread(count: int) -> None:
-    for _ in range(count):
-        await asyncio.to_thread(nothing)
-
-
-def block() -> None:
-    time.sleep(0.001)
-
-
-def blocking_offloaded(count: int) -> None:
-    for _ in range(count):
-        aiojob.offload(block)
-
-
-async def blocking_in_executor(count: int) -> None:
-    loop = asyncio.get_running_loop()
-    for _ in range(count):
-        await loop.run_in_executor(None, block)

@@ -1,146 +1,138 @@
 """Many jobs at a time, and deep stacks: time and memory for each job.
 
-Each contender runs in a process of its own, a fresh one in every round: what one leaves behind
-in the allocator would be a gift to the next.
+Jobs are counted in a process of their own for each contender and round.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import psutil
-from rich.progress import Progress
 from sqlalchemy.util import await_only, greenlet_spawn
 
 import aiojob
 
-from .measure import LOOPS, Result, result_of
+from .measure import LOOPS, Row, Run, Samples, child
+from .results import OURS, Target, at_most
 
-GROUPS = ("scale", "depth")
 CONTENDERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "aiojob": (aiojob.run_job, aiojob.await_),
+    OURS: (aiojob.run_job, aiojob.await_),
     "sqlalchemy": (greenlet_spawn, await_only),
 }
-MANY, FEW = 100_000, 1_000
+FEW, MANY = 1_000, 100_000
+NUMBERS = (FEW, 3_000, 10_000, 30_000, MANY)
 DEPTH = 800
-
-Times = dict[str, list[float]]
-
-
-def results(loop: str, quick: bool, groups: list[str], progress: Progress) -> Iterator[Result]:
-    """Measure the groups of this module on one loop."""
-    rounds = 1 if quick else 3
-    if "scale" in groups:
-        yield from scale(loop, rounds, progress)
-    if "depth" in groups:
-        yield depth(loop, rounds, progress)
+WARM = "jobs paused and woken, warm pool"
 
 
-def scale(loop: str, rounds: int, progress: Progress) -> Iterator[Result]:
-    task = progress.add_task(f"{loop}: {MANY} jobs", total=rounds * 3)
-    many: dict[str, dict[str, list[float]]] = {name: {} for name in CONTENDERS}
-    few: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name in CONTENDERS:
-            collect(many[name], child("jobs", name, loop, MANY))
-            progress.advance(task)
-        collect(few, child("jobs", "aiojob", loop, FEW))
-        progress.advance(task)
-
-    def of(figure: str) -> Times:
-        return {name: figures[figure] for name, figures in many.items()}
-
-    yield result_of("scale", f"{MANY} jobs, cold pool", of("cold"), {"sqlalchemy": 1.2})
-    yield result_of("scale", f"{MANY} jobs, warm pool", of("warm"), {"sqlalchemy": 1.0})
-    yield result_of("scale", "memory of a paused job", of("memory"), {"sqlalchemy": 1.2}, "B")
-    yield result_of(
+def rows() -> Iterator[Row]:
+    cold = {"sqlalchemy": at_most(1.2)}
+    yield Row("scale", "jobs paused and woken, cold pool", of_jobs("cold", MANY), cold, MANY)
+    for number in NUMBERS:
+        warm = {"sqlalchemy": at_most(1.0)} if number == MANY else {}
+        yield Row("scale", WARM, of_jobs("warm", number), warm, number)
+    memory = {OURS: at_most(9_000), "sqlalchemy": at_most(1.2)}
+    yield Row("scale", "memory of a paused job", of_jobs("memory", MANY), memory, MANY, unit="B")
+    yield Row(
         "scale",
-        f"a job of {MANY}, without garbage collection",
-        {"aiojob": many["aiojob"]["no gc"], f"of {FEW}": few["no gc"]},
-        {f"of {FEW}": 1.6},
+        "jobs paused and woken, without garbage collection",
+        many_and_few,
+        {f"of {FEW}": at_most(1.6)},
+        MANY,
     )
+    shallow: dict[str, Target] = {"depth 0": at_most(1.1)} if sys.version_info >= (3, 12) else {}
+    yield Row("depth", f"a job below {DEPTH} frames, aiojob.run()", deep_and_shallow, shallow)
 
 
-def depth(loop: str, rounds: int, progress: Progress) -> Result:
-    task = progress.add_task(f"{loop}: {DEPTH} frames deep", total=rounds * 2)
-    times: Times = {"aiojob": [], "depth 0": []}
-    for _ in range(rounds):
-        for name, frames in zip(times, (DEPTH, 0), strict=True):
-            times[name].append(child("depth", "aiojob", loop, frames)["job"])
-            progress.advance(task)
-    targets = {"depth 0": 1.1} if sys.version_info >= (3, 12) else {}
-    return result_of("depth", f"a job below {DEPTH} frames, aiojob.run()", times, targets)
+# -- deep stacks
 
 
-def collect(figures: dict[str, list[float]], new: dict[str, float]) -> None:
-    for name, figure in new.items():
-        figures.setdefault(name, []).append(figure)
-
-
-def child(kind: str, contender: str, loop: str, number: int) -> dict[str, float]:
-    command = [sys.executable, "-m", __name__, kind, contender, loop, str(number)]
-    output = subprocess.check_output(command, cwd=Path(__file__).parent.parent)
-    figures: dict[str, float] = json.loads(output)
-    return figures
-
-
-# -- in the child
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=("jobs", "depth"))
-    parser.add_argument("contender", choices=CONTENDERS)
-    parser.add_argument("loop", choices=LOOPS)
-    parser.add_argument("number", type=int)
-    options = parser.parse_args()
-    factory = LOOPS[options.loop]
-    if options.kind == "depth":
-        figures = {
-            "job": below(options.number, lambda: aiojob.run(one_job(), loop_factory=factory))
-        }
-    else:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            figures = runner.run(jobs(options.contender, options.number))
-    print(json.dumps(figures))
+def deep_and_shallow(run: Run) -> Samples:
+    depths = {OURS: DEPTH, "depth 0": 0}
+    count = run.effort.of(200)
+    times: dict[str, list[float]] = {who: [] for who in depths}
+    for _ in range(run.effort.rounds):
+        for who, depth in depths.items():
+            times[who].append(below(depth, lambda: seconds_of_a_job(run.loop, count)))
+    return Samples(times)
 
 
 def below(frames: int, func: Callable[[], float]) -> float:
     return below(frames - 1, func) if frames else func()
 
 
-async def one_job() -> float:
-    """Seconds for a job that never pauses."""
-    best = float("inf")
-    for _ in range(50):
+def seconds_of_a_job(loop: str, count: int) -> float:
+    async def main() -> float:
         begin = perf_counter()
-        for _ in range(200):
+        for _ in range(count):
             await aiojob.run_job(int)
-        best = min(best, (perf_counter() - begin) / 200)
-    return best
+        return (perf_counter() - begin) / count
+
+    return aiojob.run(main(), loop_factory=LOOPS[loop])
 
 
-async def jobs(contender: str, number: int) -> dict[str, float]:
-    """Seconds and bytes for each of so many jobs that are paused at a time."""
-    spawn, await_ = CONTENDERS[contender]
+# -- many jobs
+
+
+def of_jobs(figure: str, number: int) -> Callable[[Run], Samples]:
+    """Take one figure of so many jobs that are paused at a time."""
+
+    def measure(run: Run) -> Samples:
+        rounds = [
+            {who: figures(run, round_, who, number)[figure] for who in CONTENDERS}
+            for round_ in range(run.effort.processes)
+        ]
+        return Samples({who: [of_round[who] for of_round in rounds] for who in CONTENDERS})
+
+    return measure
+
+
+def many_and_few(run: Run) -> Samples:
+    rounds = range(run.effort.processes)
+    return Samples(
+        {
+            OURS: [figures(run, round_, OURS, MANY)["no gc"] for round_ in rounds],
+            f"of {FEW}": [figures(run, round_, OURS, FEW)["no gc"] for round_ in rounds],
+        }
+    )
+
+
+def figures(run: Run, round_: int, who: str, number: int) -> dict[str, float]:
+    """Return the figures of one contender's process.
+
+    The largest number has one of its own, as a pool is cold only once; the others share one.
+    """
+    of_process = [some for some in NUMBERS if (some == MANY) == (number == MANY)]
+    sizes = [str(run.effort.of(some)) for some in of_process]
+    output = child(__name__, round_, run.loop, who, *sizes)
+    of_number: dict[str, float] = output[str(run.effort.of(number))]
+    return of_number
+
+
+def main() -> None:
+    loop, who, *sizes = sys.argv[1:]
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        print(json.dumps({size: runner.run(jobs(who, int(size))) for size in sizes}))
+
+
+async def jobs(who: str, number: int) -> dict[str, float]:
+    """Return the seconds and bytes for each of so many jobs that are paused at a time."""
     process = psutil.Process()
+    repeats = min(10, max(1, 10_000 // number))
     gc.collect()
     before = process.memory_info().rss
-    cold, used = await start_and_wake(spawn, await_, number, lambda: process.memory_info().rss)
-    warm, _ = await start_and_wake(spawn, await_, number, lambda: 0)
+    cold, used = await start_and_wake(who, number, lambda: process.memory_info().rss)
+    warm = min([(await start_and_wake(who, number, int))[0] for _ in range(repeats)])
     gc.collect()
     gc.disable()
-    repeats = max(1, 10_000 // number)
-    no_gc = min([(await start_and_wake(spawn, await_, number, int))[0] for _ in range(repeats)])
+    no_gc = min([(await start_and_wake(who, number, int))[0] for _ in range(repeats)])
+    gc.enable()
     return {
         "cold": cold / number,
         "warm": warm / number,
@@ -149,10 +141,9 @@ async def jobs(contender: str, number: int) -> dict[str, float]:
     }
 
 
-async def start_and_wake(
-    spawn: Callable[..., Any], await_: Callable[..., Any], number: int, measure: Callable[[], int]
-) -> tuple[float, int]:
+async def start_and_wake(who: str, number: int, measure: Callable[[], int]) -> tuple[float, int]:
     """Start jobs, wait until all are paused, wake them, wait for their ends."""
+    spawn, await_ = CONTENDERS[who]
     begin = perf_counter()
     loop = asyncio.get_running_loop()
     futures = [loop.create_future() for _ in range(number)]
