@@ -11,13 +11,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
-from . import jobs, offload, scale
+from . import jobs, offload, scale, tls
 from .measure import FULL, QUICK, SMOKE, Row, Run
 
 SUITES: dict[str, Callable[[], Iterator[Row]]] = {
     "jobs": jobs.rows,
     "offload": offload.rows,
     "scale": scale.rows,
+    "tls": tls.rows,
 }
 EFFORTS = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
