@@ -56,7 +56,7 @@ def main() -> int:
                         report.errors.append(line["error"])
     show(report)
     if options.json is not None:
-        options.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        options.json.write_text(report.to_json())
     return report.exit_status
 
 

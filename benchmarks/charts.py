@@ -7,7 +7,6 @@ file serves light and dark pages.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +74,8 @@ class Chart:
     group: str
     row: str
     draw: Callable[[Axes, Sequence[Result]], None]
-    height: float = 3.2
+    room: float = 1.1
+    """The height of the axes as a multiple of what is drawn, to have room for the legend."""
 
     def panels(self, results: Sequence[Result]) -> Mapping[str, Sequence[Result]]:
         """Return the results that it shows, by loop."""
@@ -122,7 +122,6 @@ def lines(axes: Axes, results: Sequence[Result]) -> None:
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda number, _: f"{number:,.0f}".replace(",", " "))
     )
-    axes.set_ylim(bottom=0)
     axes.grid(True)
     axes.set_xlabel("at a time")
     axes.set_ylabel("µs each")
@@ -137,7 +136,6 @@ def heartbeat(axes: Axes, results: Sequence[Result]) -> None:
         label = f"{LABELS.get(who, who)}: {max(delays):.0f} ms at the worst"
         axes.fill_between(times, delays, color=COLOURS[who], alpha=0.25, linewidth=0)
         axes.plot(times, delays, color=COLOURS[who], linewidth=1.5, label=label)
-    axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(True)
     axes.set_xlabel("ms since the beginning")
@@ -165,6 +163,7 @@ CHARTS = (
         "tls-stall",
         tls.STALL,
         heartbeat,
+        room=1.3,
     ),
     Chart(
         "scale",
@@ -181,7 +180,7 @@ def drawn(chart: Chart, results: Sequence[Result], footer: str) -> Figure | None
     panels = chart.panels(results)
     if not panels:
         return None
-    figure = Figure(figsize=(9, chart.height), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     figure.suptitle(chart.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.supxlabel(footer, x=0.99, ha="right", fontsize=8)
     every = figure.subplots(1, len(panels), sharey=chart.draw is not bars, squeeze=False)[0]
@@ -190,6 +189,8 @@ def drawn(chart: Chart, results: Sequence[Result], footer: str) -> Figure | None
         chart.draw(axes, some)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
+    if chart.draw is not bars:
+        every[0].set_ylim(0, chart.room * max(axes.dataLim.y1 for axes in every))
     return figure
 
 
@@ -198,7 +199,7 @@ def main() -> int:
     parser.add_argument("file", type=Path, help="what ``python -m benchmarks --json`` wrote")
     parser.add_argument("--into", type=Path, default=ROOT / "docs", help="default: %(default)s")
     options = parser.parse_args()
-    report = Report.from_json(json.loads(options.file.read_text()))
+    report = Report.from_json(options.file.read_text())
     packages = ("Python", "greenlet", "uvloop", "OpenSSL")
     versions = [f"{name} {report.environment[name]}" for name in packages]
     footer = ", ".join([*versions, f"{report.environment['cores']} cores"])

@@ -5,6 +5,7 @@ Everything here is a value; nothing is measured, shown or read from a file.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -180,16 +181,19 @@ class Report:
         lines += [f"failed: {error.splitlines()[-1]}" for error in self.errors]
         return "\n".join(lines)
 
-    def as_json(self) -> dict[str, Any]:
-        return {
+    def to_json(self) -> str:
+        """Return all of it as JSON, with a line for each result."""
+        head = {
             "environment": dict(self.environment),
             "effort": self.effort,
-            "results": [result.as_json() for result in self.results],
             "missed": self.missed,
             "errors": self.errors,
         }
+        results = ",\n".join(json.dumps(result.as_json()) for result in self.results)
+        return f'{json.dumps(head)[:-1]},\n"results": [\n{results}\n]}}\n'
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Report:
+    def from_json(cls, text: str) -> Report:
+        document = json.loads(text)
         results = [Result.from_json(result) for result in document["results"]]
         return cls(document["environment"], document["effort"], results, document["errors"])

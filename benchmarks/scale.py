@@ -124,7 +124,7 @@ def main() -> None:
 async def jobs(who: str, number: int) -> dict[str, float]:
     """Return the seconds and bytes for each of so many jobs that are paused at a time."""
     process = psutil.Process()
-    repeats = min(10, max(1, 10_000 // number))
+    repeats = min(10, max(2, 10_000 // number))
     gc.collect()
     before = process.memory_info().rss
     cold, used = await start_and_wake(who, number, lambda: process.memory_info().rss)

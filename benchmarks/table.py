@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     files: list[Path] = parser.parse_args().files
-    print(table([Report.from_json(json.loads(file.read_text())) for file in files]))
+    print(table([Report.from_json(file.read_text()) for file in files]))
 
 
 if __name__ == "__main__":

@@ -131,15 +131,11 @@ def turns(contenders: Iterable[str], rounds: int) -> Iterator[str]:
 
 
 class Heartbeat:
-    """Beats every millisecond, and knows how late the beats were.
-
-    A beat that comes late stands for all that were due meanwhile, as anything else that was due
-    then had to wait, too.
-    """
+    """Beats every millisecond, and knows how late the beats were."""
 
     def __init__(self) -> None:
-        self.delays: list[tuple[float, float]] = []
-        """Of each beat the time when it was due, since the beginning, and its delay; in seconds."""
+        self._beats: list[tuple[float, float]] = []
+        """Of each the time when it was due, since the beginning, and its delay; in seconds."""
         self._loop = asyncio.get_running_loop()
 
     def __enter__(self) -> Self:
@@ -153,11 +149,26 @@ class Heartbeat:
     def _beat(self) -> None:
         now = perf_counter()
         due = self._last + BEAT
-        self.delays.append((due - self._begin, max(0.0, now - due)))
-        while (due := due + BEAT) < now:
-            self.delays.append((due - self._begin, now - due))
+        self._beats.append((due - self._begin, max(0.0, now - due)))
         self._last = now
         self._timer = self._loop.call_later(BEAT, self._beat)
+
+    @property
+    def delays(self) -> list[float]:
+        """All delays, in order of their length.
+
+        A beat that came late stands for all that were due meanwhile, as anything else that was due
+        then had to wait, too.
+        """
+        missed = (range(int(delay / BEAT) + 1) for _, delay in self._beats)
+        beats = zip(self._beats, missed, strict=True)
+        return sorted(delay - number * BEAT for (_, delay), some in beats for number in some)
+
+    @property
+    def trace(self) -> Points:
+        """How long what was due at a time had to wait."""
+        points = (((due, delay), (due + delay, 0.0)) for due, delay in self._beats)
+        return [(round(time, 5), round(delay, 5)) for pair in points for time, delay in pair]
 
 
 async def burst(run: Run) -> Samples:
@@ -169,9 +180,7 @@ async def burst(run: Run) -> Samples:
             with Heartbeat() as heartbeat:
                 await clients.ask("handshakes", port=ports[who], number=number, at_a_time=number)
                 await asyncio.sleep(5 * BEAT)
-            stall = max(delay for _, delay in heartbeat.delays)
-            trace = [(round(due, 4), round(delay, 5)) for due, delay in heartbeat.delays]
-            rounds.setdefault(who, []).append((stall, trace))
+            rounds.setdefault(who, []).append((heartbeat.delays[-1], heartbeat.trace))
     return Samples(
         {who: [stall for stall, _ in some] for who, some in rounds.items()},
         {who: sorted(some)[len(some) // 2][1] for who, some in rounds.items()},  # the median's
@@ -193,8 +202,8 @@ def saturated(run: Run) -> dict[str, Samples]:
                         "handshakes", port=ports[who], seconds=seconds, at_a_time=UNDER_WAY
                     )
                     await asyncio.sleep(5 * BEAT)
-                in_order = sorted(delay for _, delay in heartbeat.delays)
-                delays.setdefault(who, []).append(in_order[len(in_order) * 99 // 100])
+                of_round = heartbeat.delays
+                delays.setdefault(who, []).append(of_round[len(of_round) * 99 // 100])
                 rates.setdefault(who, []).append(done / taken)
         return Samples(delays)
 
