@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -19,6 +21,7 @@ from benchmarks.charts import CHARTS
 from benchmarks.measure import Row, Run, Samples
 from benchmarks.results import UNITS, Figure, Judged, Report, Result, Target, at_least, at_most
 from benchmarks.table import table
+from benchmarks.tls import Heartbeat
 
 ROOT = Path(__file__).parents[1]
 LOOPS = ("asyncio", "uvloop")
@@ -173,6 +176,15 @@ def test_exit_status_says_whether_all_targets_were_met(
             2: ["1 of 1 targets met", "failed: no"],
         }[status]
     )
+
+
+async def test_late_beat_stands_for_those_that_were_due_meanwhile() -> None:
+    with Heartbeat() as heartbeat:
+        time.sleep(0.0205)
+        await asyncio.sleep(0.005)
+    assert heartbeat.delays[-1] >= 0.0195
+    assert sum(delay >= 0.0095 for delay in heartbeat.delays) >= 10
+    assert max(delay for _, delay in heartbeat.trace) >= 0.0195
 
 
 @pytest.mark.parametrize(
