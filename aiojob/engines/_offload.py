@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextvars import copy_context
 from functools import partial
-from typing import Any, NoReturn, ParamSpec, TypeVar, overload
+from typing import Any, Final, NoReturn, ParamSpec, TypeVar, overload
 
 from .._job import can_await
 from .._run import await_
@@ -19,7 +19,10 @@ from ._completion import Completion
 from ._futures import wait_future
 from ._workers import Workers, nesting
 
-__all__ = ["offload", "offload_async", "set_offload_threads"]
+__all__ = ["offload", "offload_async", "offload_beneath", "set_offload_threads"]
+
+BENEATH: Final = -1
+"""The level of workers that may wait for those of level 0, as these may for those of level 1."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,6 +78,23 @@ def offload(  # type: ignore[misc]
         call.drop()
         raise
     return outcome if outcome is not call else call.fail()
+
+
+def offload_beneath(func: Callable[[], T], /) -> T:
+    """Offload, in a job, a function that may wait for what the event loop offloads.
+
+    It has workers of its own, or as many such functions as there are workers would wait for ever.
+    """
+    loop = get_running_loop()
+    future: Future[Any] = Future(loop=loop)
+    call = _JobCall(func, (), {}, future, hub_of(loop).post)
+    _levels[BENEATH].submit(call)
+    try:
+        outcome = await_(future)
+    except BaseException:
+        call.drop()
+        raise
+    return outcome if outcome is not call else call.fail()  # type: ignore[no-any-return]
 
 
 @overload

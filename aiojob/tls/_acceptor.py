@@ -21,7 +21,7 @@ from typing import Final, TypeAlias, cast
 from .._run import await_, run_job
 from ._handover import hand_over, introduce
 from ._handshake import Handshake, NewSteps
-from ._steps import current_steps
+from ._steps import as_current
 
 __all__ = ["Acceptor", "Listener"]
 
@@ -130,6 +130,7 @@ class Acceptor(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
+        self._end_timer()
         self.give_up(exc or ConnectionResetError("the connection was lost in the TLS handshake"))
 
     def _wake(self) -> None:
@@ -163,21 +164,22 @@ class Acceptor(asyncio.BufferedProtocol):
 
     async def _main(self) -> Established | None:
         try:
-            return await self._establish()
+            established = await self._establish()
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, Exception | CancelledError):
                 raise
             return None
+        self._end_timer()
+        return established
 
     async def _establish(self) -> Established | None:
         """Shake hands; return None if the peer leaves in the hand-over."""
         listener = self._listener
         handshake = self._handshake = Handshake(listener.context, listener.new_steps)
-        token = current_steps.set(handshake.steps)
-        await run_job(handshake.run, self)
+        with as_current(handshake.steps):
+            await run_job(handshake.run, self)
         self._raise_if_given_up()
-        current_steps.reset(token)  # lest the context of the connection's reader keeps them
         received = handshake.incoming.read() + self._received
         tls_transport = await hand_over(
             listener.loop, self._transport, handshake, listener.context, listener.shutdown_timeout
@@ -197,14 +199,18 @@ class Acceptor(asyncio.BufferedProtocol):
 
     def give_up(self, reason: Exception) -> None:
         """End the handshake; the first reason counts."""
-        if self._reason is None:
-            self._reason = reason
+        if self._reason is not None:
+            return  # a callback that cleans up is not to be cancelled by what the peer does next
+        self._reason = reason
         if self.task is not None:
             self.task.cancel()
         elif self._leave():
             self._fail(reason)
 
     def _time_out(self) -> None:
+        if self not in self._listener.acceptors:  # the peer does not read what it was sent last
+            self._transport.abort()
+            return
         seconds = self._listener.handshake_timeout
         self.give_up(TimeoutError(f"the TLS handshake took longer than {seconds} s"))
 
@@ -221,9 +227,11 @@ class Acceptor(asyncio.BufferedProtocol):
         if self not in self._listener.acceptors:
             return False
         self._listener.acceptors.discard(self)
+        return True
+
+    def _end_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        return True
 
     def _fail(self, error: BaseException) -> None:
         self._report(error)
@@ -233,8 +241,9 @@ class Acceptor(asyncio.BufferedProtocol):
                 handshake.steps.abandon()
             elif handshake.outgoing.pending and not self._lost:
                 self._transport.write(handshake.outgoing.read())  # the alert
-                self._transport.close()
+                self._transport.close()  # when that is sent: the timer goes on
                 return
+        self._end_timer()
         self._transport.abort()
 
     def _report(self, error: BaseException) -> None:

@@ -37,7 +37,8 @@ def sni_callback(
 
     With ``handshake="loop"`` it runs in the handshake's job, which pauses in `await_` and in
     engines, while the event loop serves others; with ``"thread"`` it runs in the worker thread,
-    which blocks. What a coroutine function returns is awaited by the event loop in both.
+    which blocks: no more handshakes can wait at a time than there are workers. What a coroutine
+    function returns is awaited by the event loop in both.
 
     Cancellation: when the client leaves, the time is over or the server is closed,
     `asyncio.CancelledError` is raised where the function waits.
@@ -89,7 +90,7 @@ def _result_of(
     func: Callable[[], T | Awaitable[T]], check: Callable[[Any], None], after_error: T
 ) -> T:
     """Call a function in a callback, wait for what it returns, and keep what it raises."""
-    steps = current_steps.get()
+    steps = current_steps()
     try:
         returned = func()
         if inspect.isawaitable(returned):
@@ -104,11 +105,11 @@ def _result_of(
 
 
 def _check_choice(choice: Any) -> None:
+    expected = "an SNI callback returns the SSLContext to use, None or an ssl.AlertDescription"
     if not isinstance(choice, ssl.SSLContext | int | None):
-        raise TypeError(
-            "an SNI callback returns the SSLContext to use, None or an ssl.AlertDescription, "
-            f"got {choice!r}"
-        )
+        raise TypeError(f"{expected}, got {choice!r}")
+    if isinstance(choice, int) and not 0 <= choice <= 255:
+        raise ValueError(f"{expected}, which is a byte, got {choice!r}")
 
 
 def _check_key(key: Any) -> None:

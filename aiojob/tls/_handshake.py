@@ -44,6 +44,8 @@ class Handshake:
             try:
                 self.steps.step()
             except ssl.SSLWantReadError:
+                if self.steps.callback_failed:  # it was the callback that wanted something
+                    raise
                 peer.send(self.outgoing.read())
             else:
                 break

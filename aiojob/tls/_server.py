@@ -61,10 +61,10 @@ async def create_server(
         port: The port, 0 for any free one.
         ssl: The context. See `sni_callback` for callbacks that may wait.
         handshake: ``"loop"`` runs the handshakes on the event loop's thread; callbacks may pause.
-            ``"thread"`` runs each step in one of the worker threads of `offload`, so that the loop
-            goes on (a signature with an RSA key takes milliseconds). ``"openssl"`` runs them as
-            OpenSSL's own jobs, which an engine or a provider may pause; no callbacks in Python
-            then. See `is_native_capable`.
+            ``"thread"`` runs each step in a worker thread, so that the loop goes on (a signature
+            with an RSA key takes milliseconds); there are as many as `set_offload_threads` says.
+            ``"openssl"`` runs them as OpenSSL's own jobs, which an engine or a provider may pause;
+            no callbacks in Python then. See `is_native_capable`.
         ssl_handshake_timeout: Seconds that a connection has from its acceptance until its handshake
             is complete, a silent one as well. None is the default, 60 seconds.
         ssl_shutdown_timeout: Seconds for the end of a connection, None for the loop's default.

@@ -2,7 +2,7 @@
 
 A step is one call of ``do_handshake``: it works on what the peer has sent so far, and ends the
 handshake or needs more. Each connection has a `Steps` object of its own, whose `Steps.step` its job
-calls. While steps are under way they are in `current_steps`, so that a callback of OpenSSL's, which
+calls. While steps are under way they are `current_steps`, so that a callback of OpenSSL's, which
 gets no other argument to know its connection by, finds them.
 """
 
@@ -12,15 +12,17 @@ import asyncio
 import inspect
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable
-from concurrent.futures import Future
+from collections.abc import Awaitable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Final, TypeVar
+from weakref import ref
 
 from .._run import await_
-from ..engines import offload
+from ..engines._offload import offload_beneath
 
-__all__ = ["LoopSteps", "Steps", "ThreadSteps", "current_steps"]
+__all__ = ["LoopSteps", "Steps", "ThreadSteps", "as_current", "current_steps"]
 
 T = TypeVar("T")
 
@@ -109,7 +111,7 @@ class ThreadSteps(Steps):
     def step(self) -> None:
         self.in_flight = True
         try:
-            offload(self._do_handshake)
+            offload_beneath(self._do_handshake)
         except Exception:  # and not a cancellation: the worker goes on then
             self.in_flight = False
             raise
@@ -124,17 +126,48 @@ class ThreadSteps(Steps):
             raise
         if self._abandoned:  # before there was anything to cancel
             self._awaited.cancel()
-        return self._awaited.result()  # type: ignore[no-any-return]
+        try:
+            return self._awaited.result()  # type: ignore[no-any-return]
+        finally:
+            self._awaited = None  # what it raised holds this frame
+
+    def fail_callback(self, error: BaseException) -> None:
+        super().fail_callback(error)
+        if self._abandoned and not isinstance(error, CancelledError):
+            # Nobody waits for the step any more.
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._report, error)
+
+    def _report(self, error: BaseException) -> None:
+        message = "a callback of a TLS handshake that was given up failed"
+        self._loop.call_exception_handler({"message": message, "exception": error})
 
     def abandon(self) -> None:
         self._abandoned = True
-        if self._awaited is not None:
-            self._awaited.cancel()
+        awaited = self._awaited  # the worker may take it away meanwhile
+        if awaited is not None:
+            awaited.cancel()
 
 
 async def _awaiting(awaitable: Awaitable[T]) -> T:
     return await awaitable
 
 
-current_steps: Final[ContextVar[Steps | None]] = ContextVar("current_steps", default=None)
-"""The steps that are being run in this context."""
+_current_steps: Final[ContextVar[ref[Steps] | None]] = ContextVar("current_steps", default=None)
+"""Weakly: what a callback starts takes its context with it, and may outlive the connection."""
+
+
+def current_steps() -> Steps | None:
+    """Return the steps that are being run in this context."""
+    steps = _current_steps.get()
+    return None if steps is None else steps()
+
+
+@contextmanager
+def as_current(steps: Steps) -> Iterator[None]:
+    """Have these steps be the context's for the length of a block."""
+    token = _current_steps.set(ref(steps))
+    try:
+        yield
+    finally:
+        _current_steps.reset(token)
