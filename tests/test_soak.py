@@ -1,4 +1,4 @@
-"""The soak, for a few seconds; run ``python -m benchmarks.soak`` for as long as you like."""
+"""The soaks, for a few seconds; run ``python -m benchmarks.soak`` for as long as you like."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from pathlib import Path
 
 
 def test_soak_of_offload_finds_no_fault_and_leaves_nothing() -> None:
+    assert "calls ended" in soaked("benchmarks.soak", "--seconds", "2")
+
+
+def test_soak_of_tls_finds_no_fault_and_leaves_nothing() -> None:
+    assert "served byte by byte" in soaked("benchmarks.soak_tls", "--handshakes", "200")
+
+
+def soaked(module: str, *options: str) -> str:
+    """Run a soak, and return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "benchmarks.soak", "--seconds", "2"],
+        [sys.executable, "-W", "error", "-m", module, *options],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -18,4 +27,4 @@ def test_soak_of_offload_finds_no_fault_and_leaves_nothing() -> None:
     assert done.stderr == ""
     assert done.returncode == 0, done.stdout
     assert "FAULT" not in done.stdout
-    assert "calls ended" in done.stdout
+    return done.stdout
