@@ -51,7 +51,7 @@ STALL = "longest stall of the loop, RSA-4096 handshakes (thread)"
 
 
 def rows() -> Iterator[Row]:
-    for loop, stall, delay in (("asyncio", 0.1, 0.2), ("uvloop", 0.25, None)):
+    for loop, stall, delay, rate in (("asyncio", 0.1, 0.2, 1.2), ("uvloop", 0.25, None, None)):
         yield Row(
             "tls-stall",
             STALL,
@@ -70,15 +70,16 @@ def rows() -> Iterator[Row]:
             judged="median",
             loops=(loop,),
         )
-    yield Row(
-        "tls-stall",
-        f"RSA-4096 handshakes (thread, {WORKERS} workers)",
-        lambda run: saturated(run)["rate"],
-        {"native": at_least(1.2)},
-        UNDER_WAY,
-        unit="1/s",
-        judged="median",
-    )
+        yield Row(
+            "tls-stall",
+            f"RSA-4096 handshakes (thread, {WORKERS} workers)",
+            lambda run: saturated(run)["rate"],
+            {} if rate is None else {"native": at_least(rate)},
+            UNDER_WAY,
+            unit="1/s",
+            judged="median",
+            loops=(loop,),
+        )
     for key, limit in (("RSA-2048", 1.2), ("P-256", 1.35)):
         yield Row(
             "tls-cpu",
