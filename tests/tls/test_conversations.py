@@ -10,7 +10,7 @@ import asyncio
 import socket
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,8 +35,11 @@ with warnings.catch_warnings():
         Message,
     )
 
-SILENCE = 0.15
-"""Seconds without an answer after which a client takes it that there will be none."""
+HASTE, PATIENCE = 0.15, 2.0
+"""Seconds without an answer after which a client takes it that there will be none.
+
+Haste may err on a busy machine: what differs then is looked at again, with patience.
+"""
 
 
 @dataclass(frozen=True)
@@ -369,46 +372,53 @@ CONVERSATIONS |= {
 assert ExtensionType.heartbeat == HEARTBEAT
 
 
-def outcome_of(conversation: Conversation, address: Address) -> Outcome:
+def outcome_of(name: str, address: Address, seconds: float) -> Outcome:
     with socket.create_connection(address) as sock:
-        sock.settimeout(SILENCE)
-        return conversation(sock)
+        sock.settimeout(seconds)
+        return CONVERSATIONS[name](sock)
 
 
-async def outcomes(create_server: Callable[..., Any], **options: Any) -> dict[str, Outcome]:
+async def outcomes(
+    create_server: Callable[..., Any], names: Iterable[str], seconds: float, **options: Any
+) -> dict[str, Outcome]:
     context = server_context()
     server = await create_server(Echo, "127.0.0.1", 0, ssl=context, **options)
     address = server.sockets[0].getsockname()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(8) as clients:
         found = await asyncio.gather(
-            *(
-                loop.run_in_executor(clients, outcome_of, conversation, address)
-                for conversation in CONVERSATIONS.values()
-            )
+            *(loop.run_in_executor(clients, outcome_of, name, address, seconds) for name in names)
         )
     server.close()
     await until(lambda: not getattr(server, "handshakes", 0))
-    return dict(zip(CONVERSATIONS, found, strict=True))
+    return dict(zip(names, found, strict=True))
 
 
 async def test_conversations_go_as_with_the_loops_own_server() -> None:
     loop = asyncio.get_running_loop()
     loop.set_debug(False)  # in which asyncio reports what its peers do
-    expected = await outcomes(loop.create_server)
-    assert expected["TLS 1.3"].served
-    assert expected["TLS 1.2"].served
-    assert not expected["a spoilt Finished in TLS 1.3"].served
+    reference = await outcomes(loop.create_server, CONVERSATIONS, HASTE)
     for mode in MODES:
         errors = LoopErrors()
-        found = await outcomes(tls.create_server, handshake=mode)
-        different = {
-            name: (expected[name], outcome)
-            for name, outcome in found.items()
-            if not is_no_worse(outcome, expected[name])
-        }
-        assert not different
+        found = await outcomes(tls.create_server, CONVERSATIONS, HASTE, handshake=mode)
+        if doubtful := worse(found, reference):
+            reference |= await outcomes(loop.create_server, doubtful, PATIENCE)
+            found = await outcomes(tls.create_server, doubtful, PATIENCE, handshake=mode)
+        assert worse(found, reference) == {}
         assert not errors.contexts
+    for name in ("TLS 1.2", "TLS 1.3"):
+        (outcome,) = (await outcomes(tls.create_server, [name], PATIENCE)).values()
+        assert outcome.served
+
+
+def worse(
+    found: dict[str, Outcome], reference: dict[str, Outcome]
+) -> dict[str, tuple[Outcome, Outcome]]:
+    return {
+        name: (outcome, reference[name])
+        for name, outcome in found.items()
+        if not is_no_worse(outcome, reference[name])
+    }
 
 
 def is_no_worse(outcome: Outcome, expected: Outcome) -> bool:

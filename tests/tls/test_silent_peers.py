@@ -38,13 +38,12 @@ PAUSED = 65 * 1024
 """and for a handshake that is paused in its SNI callback."""
 
 
-@modes
-async def test_thousands_of_silent_peers_are_dropped_in_time(mode: HandshakeMode) -> None:
+async def test_thousands_of_silent_peers_are_dropped_in_time() -> None:
     asyncio.get_running_loop().set_debug(False)
     errors = LoopErrors()
     before = open_sockets()
     with many_fds(6000):
-        async with serving(server_context(), mode, ssl_handshake_timeout=0.5) as server:
+        async with serving(server_context(), ssl_handshake_timeout=0.5) as server:
             silent = [await connect(address_of(server)) for _ in range(2000)]
             assert server.handshakes
             await until(lambda: not server.handshakes)
