@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import socket
@@ -333,6 +334,41 @@ async def test_a_callback_that_fails_after_its_connection_has_gone_is_told_of() 
         gate.open()
         await until(lambda: errors.contexts)
     assert [type(error) for error in errors.exceptions] == [CallbackError]
+
+
+async def test_what_a_callback_returns_after_its_connection_has_gone_is_cancelled() -> None:
+    gate, lookups = Gate(), Lookups()
+
+    def choose(*args: Any) -> Any:
+        gate.wait()
+        return lookups(*args)
+
+    context = server_context()
+    context.sni_callback = tls.sni_callback(choose)
+    async with serving(context, "thread") as server:
+        client = await connect(address_of(server))
+        client.send(client_hello())
+        await aiojob.run_job(gate.reached)
+        client.close()
+        await until(lambda: not server.handshakes)
+        gate.open()
+    assert lookups.waiting == 0
+
+
+async def test_a_callback_that_swallows_its_cancellation_does_not_save_its_connection() -> None:
+    lookups = Lookups()
+
+    async def choose(*args: Any) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await lookups(*args)
+
+    context = server_context()
+    context.sni_callback = tls.sni_callback(choose)
+    async with serving(context, ssl_handshake_timeout=0.1) as server:
+        with await connect(address_of(server)) as client:
+            client.send(client_hello())
+            await until(lambda: lookups.cancelled)
+            await until(lambda: not server.handshakes)
 
 
 @modes
