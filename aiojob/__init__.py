@@ -6,10 +6,14 @@ A map of the package; each module imports only those above it:
 ``_errors``             the exceptions
 ``_waitctx``            `WaitCtx`: where a job says what wakes it
 ``_fibre``              pooled greenlets, and the switches between them
+``_stack``              the stacks of jobs
 ``_job``                `Job`, `start_job`, `pause_job`, ...: OpenSSL's interface
 ``_wakeups``            one for each event loop: fd readers, callbacks from threads, polling
+``_locks``              locks that a job holds while it pauses, found in asyncio's debug mode
+``_observe``            what is noted at a pause: the time, and such locks
 ``_run``                `run_job`, `Session`, `await_`, ...: the asyncio adapter
 ``engines``             `Completion`, `offload`, `sleep`, ...: what completes a paused job
+``_inspect``            `all_jobs`, `print_jobs`, `stats`
 ``testing``             a dummy engine, gates and barriers, for the tests of engines
 ======================  ==================================================================
 """
@@ -23,6 +27,7 @@ from ._errors import (
     WaitFdError,
     WrongThreadError,
 )
+from ._inspect import Stats, all_jobs, print_jobs, stats
 from ._job import (
     Job,
     JobStatus,
@@ -65,10 +70,12 @@ __all__ = [
     "LibsslUnavailableError",
     "Session",
     "StartResult",
+    "Stats",
     "WaitCtx",
     "WaitFdError",
     "WaitStatus",
     "WrongThreadError",
+    "all_jobs",
     "as_coroutine",
     "await_",
     "block_pause",
@@ -83,11 +90,13 @@ __all__ = [
     "offload_async",
     "pause_blocked",
     "pause_job",
+    "print_jobs",
     "run",
     "run_job",
     "set_offload_threads",
     "sleep",
     "start_job",
+    "stats",
     "unblock_pause",
     "wait_future",
     "wait_readable",

@@ -15,12 +15,14 @@ die. What its bottom frame shares with the driver is therefore a small object, t
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import ref
 
 from greenlet import (  # type: ignore[attr-defined]
     GREENLET_USE_CONTEXT_VARS,
@@ -35,11 +37,15 @@ if TYPE_CHECKING:
     from ._job import Job
 
 __all__ = [
+    "BOTTOM",
     "CAPABLE",
     "PAUSE",
+    "Counts",
     "Fibre",
+    "Interval",
     "Pool",
     "Port",
+    "all_pools",
     "current_fibre",
     "getcurrent",
     "greenlet",
@@ -47,6 +53,7 @@ __all__ = [
     "pool_of_thread",
     "run_in_own_greenlet",
     "take_idle",
+    "total_counts",
 ]
 
 CAPABLE: Final = bool(GREENLET_USE_CONTEXT_VARS)
@@ -59,9 +66,41 @@ UNLIMITED: Final = 1 << 62
 KEPT: Final = 64
 """So many idle fibres are kept for good; each holds about 8 KB."""
 
+UNMERGED: Final = 64
+"""The counts of so many ended threads are kept before they are added up."""
+
 
 PAUSE: Final = object()
 """What `pause_job` sends the driver; anything else that arrives is to be awaited."""
+
+
+class Interval:
+    """A stretch of time in which jobs paused: no clock is read at each pause.
+
+    begin: when it began, by `time.monotonic`.
+    end: when it ended, None while it lasts.
+    """
+
+    __slots__ = ("begin", "end")
+
+    def __init__(self, begin: float, end: float | None = None) -> None:
+        self.begin = begin
+        self.end = end
+
+
+class Counts:
+    """What a pool's jobs have done so far. Only the pool's thread writes it."""
+
+    __slots__ = ("cancelled", "failed", "pauses", "started")
+
+    def __init__(self) -> None:
+        self.started = self.failed = self.cancelled = self.pauses = 0
+
+    def add(self, other: Counts) -> None:
+        self.started += other.started
+        self.failed += other.failed
+        self.cancelled += other.cancelled
+        self.pauses += other.pauses
 
 
 class Port:
@@ -72,31 +111,39 @@ class Port:
     first: the first job, when the fibre is to begin. It comes this way as a greenlet keeps the
         arguments of its first switch for as long as it lives.
     func: the function of the job, None while the fibre is idle.
+    number: the number of the job, or of the last one; each job of a pool has its own.
+    since: when the job paused last.
     value, error: how the job ended, until the driver takes it.
     """
 
-    __slots__ = ("error", "first", "func", "home", "running", "value")
+    __slots__ = ("counts", "error", "first", "func", "home", "number", "running", "since", "value")
 
     home: Callable[..., Any]
     running: bool
     first: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None
     func: Callable[..., Any] | None
+    since: Interval | float
     value: Any
     error: BaseException | None
 
-    def __init__(self, home: Callable[..., Any]) -> None:
+    def __init__(self, home: Callable[..., Any], counts: Counts) -> None:
         self.home = home
+        self.counts = counts
         self.running = False
+        self.number = 0
+        self.since = 0.0
         self.first = self.func = self.value = self.error = None
 
 
 def _serve() -> None:
     """Run the functions that drivers send, one after the other, for as long as the fibre lives."""
     port: Port = getcurrent().port  # type: ignore[attr-defined]
+    counts = port.counts
     message, port.first = port.first, None
     assert message is not None
     try:
         while True:
+            port.number = counts.started = counts.started + 1
             # The names are unbound while the fibre is idle, so that it keeps nothing of a job.
             port.func, args, kwargs = message
             del message
@@ -119,6 +166,10 @@ def _serve() -> None:
         raise
 
 
+BOTTOM: Final = _serve.__code__
+"""What the outermost frame of every fibre runs."""
+
+
 class Fibre(greenlet):
     """A pooled greenlet.
 
@@ -127,6 +178,7 @@ class Fibre(greenlet):
     pool: the pool of the thread that the fibre belongs to, for good.
     job: the handle of the job on this fibre, made when first asked for; None while a
         hand-driven job is paused, when its driver must hold the only reference.
+    handle: a weak reference to the handle of a hand-driven job.
     frees_wait_ctx: whether the wait context of `job` is the job's own.
     attach: how the job's event loop is made ready for a wait context; None where a
         hand-written loop drives the job.
@@ -137,6 +189,7 @@ class Fibre(greenlet):
         "__sqlalchemy_greenlet_provider__",
         "attach",
         "frees_wait_ctx",
+        "handle",
         "job",
         "paused_in",
         "pool",
@@ -146,10 +199,11 @@ class Fibre(greenlet):
 
     def __init__(self, pool: Pool) -> None:
         greenlet.__init__(self, _serve, pool.home)
-        self.port = Port(pool.home_switch)
+        self.port = Port(pool.home_switch, pool.counts)
         self.pool = pool
         self.way_back: Callable[[Any], Any] = pool.home_switch
         self.job: Job | None = None
+        self.handle: ref[Job] | None = None
         self.frees_wait_ctx = False
         self.attach: Callable[[WaitCtx], None] | None = None
         self.paused_in: greenlet | None = None
@@ -165,6 +219,7 @@ class Fibre(greenlet):
         self.switch()
         port.home = home
         port.value = None
+        port.counts.started -= 1  # it was no job
         return self
 
     def prepare(self, driver: greenlet, attach: Callable[[WaitCtx], None] | None) -> None:
@@ -189,7 +244,14 @@ class Fibre(greenlet):
 
 
 class Waiter(Protocol):
-    """Somebody in the queue for a fibre."""
+    """Somebody in the queue for a fibre.
+
+    func: the function of the job to come.
+    since: when it came, by `time.monotonic`.
+    """
+
+    func: Callable[..., Any]
+    since: float
 
     def offer(self, fibre: Fibre) -> bool:
         """Take the fibre, and say so; False if it is not wanted any more."""
@@ -209,6 +271,8 @@ class Pool:
     thread: the thread, None where `threading` does not know it.
     take: pops an idle fibre, which has begun; `IndexError` when there is none.
     give: takes a fibre back whose job has ended.
+    counts: what the jobs have done so far.
+    interval: when jobs pause that pause now; None if that is to be found out at the next pause.
     """
 
     __slots__ = (
@@ -222,9 +286,12 @@ class Pool:
         "_main",
         "_reserve",
         "_waiters",
+        "counts",
         "give",
         "home",
         "home_switch",
+        "ident",
+        "interval",
         "max_size",
         "take",
         "thread",
@@ -235,8 +302,10 @@ class Pool:
 
     def __init__(self) -> None:
         # Not current_thread(), which makes a dummy for a thread that has all but ended.
-        ident = threading.get_ident()
+        ident = self.ident = threading.get_ident()
         self.thread = next((one for one in threading.enumerate() if one.ident == ident), None)
+        self.counts = Counts()
+        self.interval: Interval | None = None
         self._main = self.home = _main_greenlet()
         self.home_switch: Callable[..., Any] = self.home.switch
         self.max_size = UNLIMITED
@@ -270,6 +339,10 @@ class Pool:
         """How many fibres are on a job."""
         return len(self._fibres) - self.idle
 
+    def on_jobs(self) -> list[Fibre]:
+        """Return the fibres whose jobs have begun and not ended. Any thread may call this."""
+        return [fibre for fibre in self._fibres.copy() if fibre.port.func is not None]
+
     def acquire(self) -> Fibre | None:
         """Take a fibre, an idle one or a new one; None when none may be had now."""
         try:
@@ -290,7 +363,7 @@ class Pool:
         self._fibres.difference_update(self._idle[max_size:])
         del self._idle[max_size:]
         while len(self._fibres) < init_size:
-            self._idle.append(self._make().warm_up())
+            self._idle.append(self._make_idle())
 
     # -- trimming: what no job has needed for a while is dropped
 
@@ -323,6 +396,10 @@ class Pool:
         """How many wait for a fibre."""
         return len(self._waiters)
 
+    def queue(self) -> list[Waiter]:
+        """Return those that wait for a fibre, first come first. Any thread may call this."""
+        return list(self._waiters.copy())
+
     def add_waiter(self, waiter: Waiter) -> None:
         """Have the next free fibre offered to `waiter`."""
         self._waiters.append(waiter)
@@ -354,7 +431,7 @@ class Pool:
         self._fibres.discard(fibre)
         fibre.port.home = _die
         if self._waiters:
-            self.give(self._make().warm_up())
+            self.give(self._make_idle())
 
     # -- work that other threads leave for this one
 
@@ -415,6 +492,11 @@ class Pool:
         self._fibres.add(fibre)
         return fibre
 
+    def _make_idle(self) -> Fibre:
+        fibre = Fibre(self).warm_up()
+        self._fibres.add(fibre)  # by now it is seen to be on no job
+        return fibre
+
     def close(self) -> None:
         """End the idle fibres: the thread is ending."""
         # Not so for the daemon threads that an exit finds, and for those that a fork did not take
@@ -427,6 +509,7 @@ class Pool:
             for fibre in (*self._idle, *self._reserve):
                 fibre.throw()  # now: a traceback may hold it for longer than its thread lives
         self._closed = True
+        self.counts.cancelled += len(self.on_jobs())  # they are dropped with their thread
         self._fibres.clear()
         self._idle.clear()
         self._reserve.clear()
@@ -472,16 +555,20 @@ def _main_greenlet() -> greenlet:
 class _ThreadEnd:
     """Closes a thread's pool in that thread, when its thread-local data goes away."""
 
-    __slots__ = ("last", "pool")
+    __slots__ = ("last", "pool", "registry")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.last = _last  # the module's names may be gone before the main thread's data
+        # The module's names may be gone before the main thread's data.
+        self.last = _last
+        self.registry = _registry
+        _registry.add(pool)
 
     def __del__(self) -> None:
         if self.last.pool is self.pool:
             self.last.pool = None
         self.pool.close()
+        self.registry.remove(self.pool)
 
 
 class _Last:
@@ -492,9 +579,72 @@ class _Last:
     pool: Pool | None
 
 
+class _Registry:
+    """The pools of all threads, and what the jobs of ended threads did."""
+
+    __slots__ = ("_ended", "_lock", "_pools")
+
+    def __init__(self) -> None:
+        self._pools: dict[int, ref[Pool]] = {}
+        self._ended: deque[Counts] = deque()
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Have a lock that nobody holds: in a forked process its holder may be missing."""
+        self._lock = threading.Lock()
+
+    def add(self, pool: Pool) -> None:
+        self._pools[id(pool)] = ref(pool)
+
+    def remove(self, pool: Pool) -> None:
+        # Add first, then remove: whoever counts looks at the pools first, then at these, and
+        # takes none twice.
+        self._ended.append(pool.counts)
+        self._pools.pop(id(pool), None)
+        # Never wait here: a daemon thread may hold the lock for ever in an exit.
+        if len(self._ended) > UNMERGED and self._lock.acquire(blocking=False):
+            try:
+                self._merge()
+            finally:
+                self._lock.release()
+
+    def _merge(self) -> None:
+        merged = Counts()
+        for _ in range(len(self._ended)):
+            merged.add(self._ended.popleft())
+        self._ended.append(merged)
+
+    def pools(self) -> list[Pool]:
+        references = self._pools.copy().values()
+        return [pool for reference in references if (pool := reference()) is not None]
+
+    def counts(self) -> Counts:
+        with self._lock:
+            some = [pool.counts for pool in self.pools()]
+            some += self._ended.copy()
+            total = Counts()
+            for counts in {id(counts): counts for counts in some}.values():
+                total.add(counts)
+        return total
+
+
 _last = _Last()
 _last.pool = None
+_registry = _Registry()
 _local = threading.local()
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_registry.unlock)
+
+
+def all_pools() -> list[Pool]:
+    """Return the pools of all threads."""
+    return _registry.pools()
+
+
+def total_counts() -> Counts:
+    """Return what the jobs of all threads have done so far, of ended threads too."""
+    return _registry.counts()
 
 
 def pool_of_thread() -> Pool:

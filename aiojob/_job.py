@@ -24,11 +24,14 @@ reference unwinds the job.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, overload
+from weakref import ref
 
 from ._errors import CannotPauseError, JobError, WrongThreadError
 from ._fibre import (
@@ -43,10 +46,12 @@ from ._fibre import (
     pool_of,
     pool_of_thread,
 )
+from ._stack import stack_of
 from ._waitctx import WaitCtx
 
 if TYPE_CHECKING:
     import threading
+    from types import FrameType
 
 __all__ = [
     "Job",
@@ -67,6 +72,9 @@ __all__ = [
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+CANCELLATIONS: set[type[BaseException]] = {GeneratorExit}
+"""What a job ends with that was cancelled or closed; an event loop's adapter adds its own."""
 
 
 class JobStatus(IntEnum):
@@ -93,17 +101,18 @@ class StartResult(NamedTuple, Generic[T]):
 
 
 class Job:
-    """A handle of a job (``ASYNC_JOB``); `start_job` and `get_current_job` return it.
+    """A handle of a job (``ASYNC_JOB``); `start_job`, `get_current_job`, `all_jobs` return it.
 
-    A paused job whose last handle goes away is unwound: `GeneratorExit` is raised at its
-    pause, so that its ``finally`` blocks run. In another thread than the job's own, that
-    waits until that thread next starts a job or ends.
+    Handles of the same job are equal. A paused job whose last handle goes away is unwound:
+    `GeneratorExit` is raised at its pause, so that its ``finally`` blocks run. In another
+    thread than the job's own, that waits until that thread next starts a job or ends.
     """
 
-    __slots__ = ("__weakref__", "_blocks", "_fibre", "_func", "_pool", "_wait_ctx")
+    __slots__ = ("__weakref__", "_blocks", "_fibre", "_func", "_number", "_pool", "_wait_ctx")
 
     _fibre: Fibre | None
     _pool: Pool
+    _number: int
     _func: Callable[..., Any]
     _wait_ctx: WaitCtx | None
     _blocks: int
@@ -160,8 +169,37 @@ class Job:
         """
         return self._pool.thread
 
+    def get_stack(self) -> list[FrameType]:
+        """Return the frames of the job, outermost first; none when it has finished.
+
+        Those of a greenlet inside the job that paused it come last. Any thread may call this;
+        a job of another thread may go on meanwhile. A job that keeps its own frames keeps
+        itself: don't call this in a job to store what it returns.
+
+        >>> def work():
+        ...     pause_job()
+        >>> _, job, _ = start_job(None, None, work)
+        >>> [frame.f_code.co_name for frame in job.get_stack()]
+        ['work', 'pause_job', 'pause_to_loop']
+        """
+        fibre = self._fibre
+        return [] if fibre is None else stack_of(fibre, sys._getframe().f_back)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Job):
+            return NotImplemented
+        return self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[int, int]:
+        # The fibre's number until the job has ended: a handle may be made before it begins.
+        return id(self._pool), self._number if self._fibre is None else self._fibre.port.number
+
     def __repr__(self) -> str:
-        name = getattr(self._func, "__qualname__", None) or repr(self._func)
+        name = name_of(self._func)
         thread = "an unknown thread" if self.thread is None else self.thread.name
         return f"<Job {self.status.name} {name} in {thread} on {self._wait_ctx!r}>"
 
@@ -169,7 +207,12 @@ class Job:
         # Only a hand-driven job that is paused gets here with its fibre: in every other state
         # the fibre holds the handle.
         if self._fibre is not None:
+            self._fibre.handle = None  # `all_jobs` finds it no more
             drop(self._fibre, self)
+
+
+def name_of(func: object) -> str:
+    return getattr(func, "__qualname__", None) or repr(func)
 
 
 def new_job(fibre: Fibre, func: Callable[..., Any], wait_ctx: WaitCtx | None) -> Job:
@@ -266,7 +309,7 @@ def finish(fibre: Fibre) -> Any:
     port = fibre.port
     pool = fibre.pool
     value, error = port.value, port.error
-    port.value = port.error = None
+    port.value = None
     fibre.gr_context = None
     if error is None:
         if fibre.job is None and fibre.way_back is pool.home_switch:
@@ -274,12 +317,21 @@ def finish(fibre: Fibre) -> Any:
         else:
             _give_back(fibre)
         return value
+    port.error = None
+    _count_error(pool, error)
     try:
         raise error
     finally:
         del error, pool, port  # the traceback holds this frame
         _give_back(fibre)
         del fibre
+
+
+def _count_error(pool: Pool, error: BaseException) -> None:
+    if isinstance(error, tuple(CANCELLATIONS)):
+        pool.counts.cancelled += 1
+    else:
+        pool.counts.failed += 1
 
 
 def _give_back(fibre: Fibre) -> None:
@@ -295,6 +347,7 @@ def _give_back(fibre: Fibre) -> None:
 def _give_up(fibre: Fibre) -> None:
     """Part with a fibre that nobody can tell any more where it is."""
     fibre.port.running = False
+    fibre.pool.counts.failed += 1
     own_ctx = _detach(fibre)
     fibre.pool.forget(fibre)
     if own_ctx is not None:
@@ -306,7 +359,8 @@ def _detach(fibre: Fibre) -> WaitCtx | None:
     job = fibre.job
     if job is None:
         return None
-    fibre.job = job._fibre = None
+    job._number = fibre.port.number
+    fibre.job = fibre.handle = job._fibre = None
     ctx = job._wait_ctx
     if ctx is not None:
         ctx._in_use = False
@@ -319,6 +373,8 @@ def drop(fibre: Fibre, job: Job | None = None) -> None:
         fibre.pool.post(partial(drop, fibre, job))
         return
     if job is not None:
+        if job._fibre is not fibre:
+            return  # somebody found the handle just before it went away, and resumed the job
         fibre.job = job
     with suppress(GeneratorExit):
         unwind(fibre)
@@ -333,7 +389,7 @@ def _way_back(fibre: Fibre) -> Callable[[Any], Any]:
         return _refuse_closing
     if fibre.job is not None and fibre.job._blocks:
         return _stay
-    return fibre.port.home if fibre.attach is not None else _pause_to_loop
+    return fibre.port.home if fibre.attach is not None else pause_to_loop
 
 
 def _set_way_back(fibre: Fibre) -> None:
@@ -341,7 +397,7 @@ def _set_way_back(fibre: Fibre) -> None:
     fibre.__sqlalchemy_greenlet_provider__ = fibre.way_back is fibre.port.home
 
 
-def _pause_to_loop(request: Any) -> Any:
+def pause_to_loop(request: Any) -> Any:
     """In a job that a hand-written loop drives."""
     if request is not PAUSE:
         _refuse(request, "a hand-written loop drives this job, and cannot await: use run_job()")
@@ -384,7 +440,7 @@ def pause_nested(request: Any) -> Any:
     if fibre is None:
         return _outside(request)
     back = fibre.way_back
-    if back is fibre.port.home or (back is _pause_to_loop and request is PAUSE):
+    if back is fibre.port.home or (back is pause_to_loop and request is PAUSE):
         fibre.paused_in = getcurrent()
     del fibre
     return back(request)
@@ -539,6 +595,7 @@ def start_job(
     if wait_ctx is not None:
         wait_ctx._in_use = True
     job = new_job(fibre, func, wait_ctx)
+    fibre.handle = ref(job)
     fibre.frees_wait_ctx = wait_ctx is None
     fibre.prepare(driver, None)
     _set_way_back(fibre)
@@ -590,6 +647,8 @@ def _result(fibre: Fibre, job: Job, reply: Any) -> StartResult[Any]:
     while reply is not PAUSE and reply is not fibre.port:
         reply = throw(fibre, JobError(f"another greenlet sent {reply!r} to the driver of {job!r}"))
     if reply is PAUSE:
+        fibre.port.counts.pauses += 1
+        fibre.port.since = monotonic()
         fibre.job = None
         return StartResult(JobStatus.PAUSE, job, None)
     return StartResult(JobStatus.FINISH, None, finish(fibre))

@@ -8,8 +8,11 @@ therefore what they would be if the job were a coroutine.
 from __future__ import annotations
 
 import functools
-from asyncio import AbstractEventLoop, Future, Runner, get_running_loop
+import logging
+import sys
+from asyncio import AbstractEventLoop, CancelledError, Future, Runner, get_running_loop
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from time import monotonic
 from types import TracebackType
 from typing import Any, Final, ParamSpec, Self, TypeVar
 
@@ -26,17 +29,20 @@ from ._fibre import (
     take_idle,
 )
 from ._job import (
+    CANCELLATIONS,
     begin,
     check_no_job_runs,
     drop,
     finish,
     job_of,
+    name_of,
     new_job,
     pause_nested,
     resume,
     throw,
     unwind,
 )
+from ._observe import note_pause
 from ._waitctx import WaitCtx
 from ._wakeups import NEXT_ITERATION, attach, current_hub, loop_runs
 
@@ -44,6 +50,10 @@ __all__ = ["Session", "as_coroutine", "await_", "iterate", "run", "run_job"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+logger = logging.getLogger("aiojob")
+
+CANCELLATIONS.add(CancelledError)
 
 
 async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -78,25 +88,27 @@ async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) ->
     driver = getcurrent()
     fibre = take_idle(driver, attach)
     if fibre is None:
-        fibre = await _acquire()
+        fibre = await _acquire(func)
         driver = getcurrent()
+        port = fibre.port
         reply = begin(fibre, func, args, kwargs)
     else:
         # This is `begin`, whose frame would be in the way: from Python 3.12 on, greenlet walks
         # all frames between the two ends of a switch.
-        fibre.port.running = True
+        port = fibre.port
+        port.running = True
         try:
             reply = fibre.switch(func, args, kwargs)
         except BaseException as error:  # not traced
             reply = throw(fibre, error)
-        fibre.port.running = False
-    if reply is fibre.port:
+        port.running = False
+    if reply is port:
         return finish(fibre)  # type: ignore[no-any-return]
     return await _drive(fibre, driver, reply)  # type: ignore[no-any-return]
 
 
-async def _acquire() -> Fibre:
-    """Take a fibre from the thread's pool, or wait for one, and prepare it."""
+async def _acquire(func: Callable[..., Any]) -> Fibre:
+    """Take a fibre for a job from the thread's pool, or wait for one, and prepare it."""
     if current_fibre() is not None:
         # An eager task begins inside the job that created it; its next step does not.
         await NEXT_ITERATION
@@ -104,7 +116,7 @@ async def _acquire() -> Fibre:
     pool = pool_of(getcurrent())
     fibre = pool.acquire()
     if fibre is None:
-        fibre = await _wait_for_fibre(pool)
+        fibre = await _wait_for_fibre(pool, func)
     fibre.prepare(getcurrent(), attach)
     if pool.is_large:
         current_hub().trim_by_and_by(pool)
@@ -114,7 +126,9 @@ async def _acquire() -> Fibre:
 class _Waiter:
     """A coroutine that waits for a fibre."""
 
-    def __init__(self) -> None:
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+        self.since = monotonic()
         self._loop = get_running_loop()
         self.fibre: Future[Fibre] = self._loop.create_future()
 
@@ -132,8 +146,8 @@ class _Waiter:
         return True
 
 
-async def _wait_for_fibre(pool: Pool) -> Fibre:
-    waiter = _Waiter()
+async def _wait_for_fibre(pool: Pool, func: Callable[..., Any]) -> Fibre:
+    waiter = _Waiter(func)
     pool.add_waiter(waiter)
     try:
         return await waiter.fibre
@@ -151,7 +165,13 @@ async def _wait_for_fibre(pool: Pool) -> Fibre:
 async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
     """Resume a job, from its first pause on to its end."""
     port = fibre.port
+    pool = fibre.pool
+    counts = pool.counts
     while reply is not port:
+        counts.pauses += 1
+        if (interval := pool.interval) is None:
+            interval = note_pause(fibre)
+        port.since = interval
         try:
             if reply is PAUSE:
                 value = None
@@ -221,6 +241,12 @@ def _follow_driver(fibre: Fibre) -> greenlet:
 
 
 def _close(fibre: Fibre) -> Any:
+    if not loop_runs() and not sys.is_finalizing():
+        logger.warning(
+            "a job, %s, is unwound, as its event loop has ended: cancel its task and await that "
+            "before the loop ends, as run() and asyncio.run() do",
+            name_of(fibre.port.func),
+        )
     if fibre.pool.is_here:
         return unwind(fibre)
     drop(fibre)  # leaves it to the job's own thread
@@ -312,7 +338,7 @@ class Session:
         attach(ctx)
         ctx._in_use = True
         try:
-            fibre = await _acquire()
+            fibre = await _acquire(func)
         except BaseException:
             ctx._in_use = False
             raise

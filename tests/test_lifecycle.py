@@ -92,6 +92,7 @@ def paused_on_closed_loop(*funcs):
     "Tasks with paused jobs, whose loop was closed."
     loop = new_loop()
     loop.set_exception_handler(lambda *_: None)  # it complains of tasks that are destroyed
+    logging.getLogger("aiojob").setLevel(logging.ERROR)  # as does aiojob, of their jobs
     tasks = [loop.create_task(run_job(func)) for func in funcs]
     loop.run_until_complete(iterations())
     loop.close()

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from .._errors import WaitFdError
 from .._job import can_pause, get_wait_ctx, pause_job
 from ._kernel import WritableFd
-from ._pauses import alarm_of, check_seconds, watching_fds
+from ._pauses import Key, alarm_of, check_seconds, watching_fds
 
 __all__ = ["HasFileno", "wait_readable", "wait_writable"]
 
@@ -122,7 +122,7 @@ def _pause(fd: int, event: int, timeout: float | None) -> bool:
 def _pause_watching(watched: int, fd: int, event: int, timeout: float | None) -> bool:
     """Pause until the event is there, which makes `watched` readable; False if it is too late."""
     ctx = get_wait_ctx()
-    key = object()
+    key = Key(f"fd {fd} {_NAMES[event]}")
     with watching_fds(ctx), closing(alarm_of(ctx, timeout)) as alarm:
         ctx.set_wait_fd(key, watched)
         try:

@@ -19,7 +19,7 @@ from .._job import can_await
 from .._waitctx import Callback, WaitCtx, WaitStatus
 from ._kernel import Signal, TimerFd
 
-__all__ = ["Alarm", "WakeUp", "alarm_of", "check_seconds", "wake_up_of", "watching_fds"]
+__all__ = ["Alarm", "Key", "WakeUp", "alarm_of", "check_seconds", "wake_up_of", "watching_fds"]
 
 
 class WakeUp(Protocol):
@@ -54,7 +54,19 @@ class ByCallback:
         self._ctx.status = self._status
 
 
-SIGNAL: Final = object()
+class Key:
+    """A key in wait contexts, equal to itself alone, that says what its fd is for."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<{self._name}>"
+
+
+SIGNAL: Final = Key("signal from a thread")
 """The key of the one fd by which a wait context's jobs are woken, for as long as it lives."""
 
 
@@ -122,19 +134,20 @@ class LoopAlarm:
 class FdAlarm:
     """A timer that a hand-written loop watches as an fd."""
 
-    __slots__ = ("_ctx", "_deadline", "_timer")
+    __slots__ = ("_ctx", "_deadline", "_key", "_timer")
 
     def __init__(self, ctx: WaitCtx, seconds: float) -> None:
         self._deadline = monotonic() + seconds
         self._ctx = ctx
         self._timer = TimerFd(seconds)
-        ctx.set_wait_fd(self, self._timer.fd)
+        self._key = Key(f"timeout of {seconds} s")
+        ctx.set_wait_fd(self._key, self._timer.fd)
 
     def is_due(self) -> bool:
         return monotonic() >= self._deadline
 
     def close(self) -> None:
-        self._ctx.clear_fd(self)
+        self._ctx.clear_fd(self._key)
         self._timer.close()
 
 
