@@ -73,15 +73,15 @@ def stats() -> Stats:
     before = total_counts()
     fibres = [fibre for pool in some for fibre in pool.on_jobs()]
     running = sum(fibre.port.running for fibre in fibres)
-    started, paused = total_counts().started, len(fibres) - running
+    started = int(total_counts().started)
     return Stats(
         started=started,
         finished=started - before.failed - before.cancelled - len(fibres),
         failed=before.failed,
         cancelled=before.cancelled,
-        pauses=before.pauses,
+        pauses=int(before.pauses),
         running=running,
-        paused=paused,
+        paused=len(fibres) - running,
         pooled=sum(pool.idle for pool in some),
         waiters=sum(pool.waiters for pool in some),
     )
@@ -95,7 +95,7 @@ class _Sighting(Job):
 
     __slots__ = ("_seen_on",)
 
-    def __init__(self, fibre: Fibre, number: int, func: Any) -> None:
+    def __init__(self, fibre: Fibre, number: float, func: Any) -> None:
         self._seen_on = ref(fibre)
         self._number = number
         self._func = func

@@ -112,7 +112,7 @@ class Job:
 
     _fibre: Fibre | None
     _pool: Pool
-    _number: int
+    _number: float
     _func: Callable[..., Any]
     _wait_ctx: WaitCtx | None
     _blocks: int
@@ -194,7 +194,7 @@ class Job:
         return hash(self._identity)
 
     @property
-    def _identity(self) -> tuple[int, int]:
+    def _identity(self) -> tuple[int, float]:
         # The fibre's number until the job has ended: a handle may be made before it begins.
         return id(self._pool), self._number if self._fibre is None else self._fibre.port.number
 
@@ -647,7 +647,7 @@ def _result(fibre: Fibre, job: Job, reply: Any) -> StartResult[Any]:
     while reply is not PAUSE and reply is not fibre.port:
         reply = throw(fibre, JobError(f"another greenlet sent {reply!r} to the driver of {job!r}"))
     if reply is PAUSE:
-        fibre.port.counts.pauses += 1
+        fibre.port.counts.pauses += 1.0
         fibre.port.since = monotonic()
         fibre.job = None
         return StartResult(JobStatus.PAUSE, job, None)
@@ -718,6 +718,15 @@ def job_of(fibre: Fibre) -> Job:
         fibre.job = new_job(fibre, fibre.port.func, None)
         fibre.frees_wait_ctx = True
     return fibre.job
+
+
+def take_wait_ctx(ctx: WaitCtx, func: Callable[..., Any]) -> None:
+    """Put the running job, which has just begun, on a wait context; its function is `func`."""
+    fibre = current_fibre()
+    assert fibre is not None
+    fibre.port.func = func
+    new_job(fibre, func, ctx)
+    fibre.frees_wait_ctx = False
 
 
 def get_wait_ctx(job: Job | None = None) -> WaitCtx:

@@ -14,7 +14,7 @@ from asyncio import AbstractEventLoop, CancelledError, Future, Runner, get_runni
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
 from time import monotonic
 from types import TracebackType
-from typing import Any, Final, ParamSpec, Self, TypeVar
+from typing import Any, Final, Generic, ParamSpec, Self, TypeVar
 
 from ._errors import JobError, WrongThreadError
 from ._fibre import (
@@ -36,9 +36,9 @@ from ._job import (
     finish,
     job_of,
     name_of,
-    new_job,
     pause_nested,
     resume,
+    take_wait_ctx,
     throw,
     unwind,
 )
@@ -99,12 +99,60 @@ async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) ->
         port.running = True
         try:
             reply = fibre.switch(func, args, kwargs)
-        except BaseException as error:  # not traced
-            reply = throw(fibre, error)
+        except BaseException as exc:  # not traced
+            reply = throw(fibre, exc)
         port.running = False
-    if reply is port:
-        return finish(fibre)  # type: ignore[no-any-return]
-    return await _drive(fibre, driver, reply)  # type: ignore[no-any-return]
+    pool = fibre.pool
+    is_untouched = fibre.job is None and fibre.way_back is pool.home_switch
+    if reply is port and is_untouched and port.error is None:
+        # This is `finish`, without its frame.
+        value = port.value
+        port.value = fibre.gr_context = None
+        pool.give(fibre)
+        return value  # type: ignore[no-any-return]
+    # Resume the job, from its first pause on to its end. This has no function of its own, as each
+    # coroutine on the way to what is awaited costs time at each step.
+    counts = pool.counts
+    while reply is not port:
+        counts.pauses += 1.0
+        if (interval := pool.interval) is None:
+            interval = note_pause(fibre)
+        port.since = interval
+        try:
+            if reply is PAUSE:
+                value = None
+                if (wake_up := _paused(fibre)) is not None:
+                    await wake_up
+            else:
+                value = await reply
+        except BaseException as exc:
+            error = _without_first_frame(exc)
+        else:
+            if getcurrent() is not driver:
+                driver = _follow_driver(fibre)
+            if fibre.paused_in is None:  # this is `resume`, without its frame
+                port.running = True
+                try:
+                    reply = fibre.switch(value)
+                except BaseException as exc:  # not traced
+                    reply = throw(fibre, exc)
+                port.running = False
+            else:
+                reply = resume(fibre, value)
+            value = None  # the job's by now: it is not to be kept until the next pause ends
+            continue
+        # Here and not in the except block, or what the job raises later would get `error`
+        # as its __context__.
+        if reply is PAUSE:
+            _end_wait(fibre)
+        if isinstance(error, GeneratorExit):
+            del error
+            return _close(fibre)  # type: ignore[no-any-return]
+        if getcurrent() is not driver:
+            driver = _follow_driver(fibre)
+        reply = throw(fibre, error)
+        del error  # its traceback may hold this frame
+    return finish(fibre)  # type: ignore[no-any-return]
 
 
 async def _acquire(func: Callable[..., Any]) -> Fibre:
@@ -160,53 +208,6 @@ async def _wait_for_fibre(pool: Pool, func: Callable[..., Any]) -> Fibre:
             else:
                 pool.post(functools.partial(pool.give, waiter.fibre.result()))
         raise
-
-
-async def _drive(fibre: Fibre, driver: greenlet, reply: Any) -> Any:
-    """Resume a job, from its first pause on to its end."""
-    port = fibre.port
-    pool = fibre.pool
-    counts = pool.counts
-    while reply is not port:
-        counts.pauses += 1
-        if (interval := pool.interval) is None:
-            interval = note_pause(fibre)
-        port.since = interval
-        try:
-            if reply is PAUSE:
-                value = None
-                if (wake_up := _paused(fibre)) is not None:
-                    await wake_up
-            else:
-                value = await reply
-        except BaseException as exc:
-            error = _without_first_frame(exc)
-        else:
-            if getcurrent() is not driver:
-                driver = _follow_driver(fibre)
-            if fibre.paused_in is None:  # this is `resume`, without its frame
-                port.running = True
-                try:
-                    reply = fibre.switch(value)
-                except BaseException as exc:  # not traced
-                    reply = throw(fibre, exc)
-                port.running = False
-            else:
-                reply = resume(fibre, value)
-            value = None  # the job's by now: it is not to be kept until the next pause ends
-            continue
-        # Here and not in the except block, or what the job raises later would get `error`
-        # as its __context__.
-        if reply is PAUSE:
-            _end_wait(fibre)
-        if isinstance(error, GeneratorExit):
-            del error
-            return _close(fibre)
-        if getcurrent() is not driver:
-            driver = _follow_driver(fibre)
-        reply = throw(fibre, error)
-        del error  # its traceback may hold this frame
-    return finish(fibre)
 
 
 def _paused(fibre: Fibre) -> Awaitable[None] | None:
@@ -333,22 +334,36 @@ class Session:
         Raises:
             JobError: Another job of the session has not finished, or the session has ended.
         """
-        ctx = self.wait_ctx
-        ctx._check_startable()
-        attach(ctx)
-        ctx._in_use = True
+        self.wait_ctx._check_startable()
+        attach(self.wait_ctx)
+        self.wait_ctx._in_use = True
+        begins = _OnContext(self.wait_ctx, func)
         try:
-            fibre = await _acquire(func)
-        except BaseException:
-            ctx._in_use = False
-            raise
-        new_job(fibre, func, ctx)
-        fibre.frees_wait_ctx = False
-        try:
-            return await _drive(fibre, getcurrent(), begin(fibre, func, args, kwargs))  # type: ignore[no-any-return]
+            return await run_job(begins, *args, **kwargs)
         finally:
+            if not begins.done:
+                self.wait_ctx._in_use = False
             if self._left:
-                ctx.free()
+                self.wait_ctx.free()
+
+
+class _OnContext(Generic[P, T]):
+    """What a session's job runs first: it takes its wait context, and then is the function."""
+
+    __slots__ = ("_ctx", "_func", "done")
+
+    def __init__(self, ctx: WaitCtx, func: Callable[P, T]) -> None:
+        self._ctx = ctx
+        self._func = func
+        self.done = False
+
+    def __repr__(self) -> str:
+        return name_of(self._func)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        take_wait_ctx(self._ctx, self._func)
+        self.done = True
+        return self._func(*args, **kwargs)
 
 
 def as_coroutine(func: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
