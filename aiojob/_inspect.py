@@ -285,7 +285,7 @@ def _waits_for(fibre: Fibre, stack: list[FrameType]) -> str:
         return _events(_wait_ctx_of(fibre), fibre.attach is None)
     if frame.f_code is await_.__code__:
         return _short.repr(frame.f_locals["awaitable"])
-    return f"what {frame.f_code.co_qualname}() awaits"
+    return f"what {frame.f_code.co_qualname}() in {frame.f_globals.get('__name__')} awaits"
 
 
 _short: Final = reprlib.Repr()

@@ -127,9 +127,10 @@ class Job:
     @property
     def status(self) -> JobStatus:
         """`JobStatus.RUNNING`, `JobStatus.PAUSE` or `JobStatus.FINISH`."""
-        if self._fibre is None:
+        fibre = self._fibre  # once: in another thread it may go away meanwhile
+        if fibre is None:
             return JobStatus.FINISH
-        return JobStatus.RUNNING if self._fibre.port.running else JobStatus.PAUSE
+        return JobStatus.RUNNING if fibre.port.running else JobStatus.PAUSE
 
     @property
     def func(self) -> Callable[..., Any]:
@@ -196,7 +197,8 @@ class Job:
     @property
     def _identity(self) -> tuple[int, float]:
         # The fibre's number until the job has ended: a handle may be made before it begins.
-        return id(self._pool), self._number if self._fibre is None else self._fibre.port.number
+        fibre = self._fibre
+        return id(self._pool), self._number if fibre is None else fibre.port.number
 
     def __repr__(self) -> str:
         name = name_of(self._func)

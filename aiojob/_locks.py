@@ -21,6 +21,7 @@ import threading
 import traceback
 from functools import lru_cache
 from itertools import islice
+from tokenize import TokenError
 from types import CodeType, FrameType, MemberDescriptorType
 from typing import Any, Final
 
@@ -49,10 +50,11 @@ def warn_of_held_locks(fibre: Fibre) -> None:
             lock = _meaning(expression, frame)
             if _is_held(lock):
                 logger.warning(
-                    "a job pauses while it holds %r: whoever wants the lock meanwhile blocks the "
-                    "thread, and the job with it. Hold it in `with pause_blocked():`, or use an "
+                    "a job pauses while it holds %s, %s: whoever wants it meanwhile blocks the thread, "
+                    "and the job with it. Hold it in `with pause_blocked():`, or use an "
                     "asyncio.Lock.\nThe lock was taken here:\n%sThe job pauses here:\n%s",
-                    lock,
+                    ast.unparse(expression),
+                    repr(lock),  # as it is now
                     _text([*stack[:depth], frame], expression.lineno),
                     _text(stack, stack[-1].f_lineno),
                 )
@@ -66,7 +68,7 @@ def _text(stack: list[FrameType], last_line: int) -> str:
 def _entered(frame: FrameType) -> list[ast.expr]:
     """Return the names and attributes in ``with`` statements that a frame is in by now."""
     code = frame.f_code
-    statements = _with_statements(code)
+    statements = _with_statements(code, code.co_filename)
     if not statements:
         return []
     line, _, column, _ = next(islice(code.co_positions(), frame.f_lasti // 2, None))
@@ -87,18 +89,21 @@ def _end(node: ast.stmt | ast.expr) -> Place:
 
 
 @lru_cache(maxsize=1024)
-def _with_statements(code: CodeType) -> list[ast.With]:
-    """Return the ``with`` statements of a function, from its source."""
+def _with_statements(code: CodeType, filename: str) -> list[ast.With]:
+    """Return the ``with`` statements of a function, from its source.
+
+    (Codes of different files may be equal, and so the name is an argument: for the cache.)
+    """
     if ENTERS.isdisjoint(code.co_code[::2]):
         return []
-    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
+    lines = linecache.getlines(filename)[code.co_firstlineno - 1 :]
     try:
         block = lines if code.co_name == "<module>" else inspect.getblock(lines)
         # Below an `if`, an indented function keeps its columns.
         tree = ast.parse(
             "if True:\n" + "".join(block) if block[0][:1].isspace() else "\n" + "".join(block)
         )
-    except (IndexError, SyntaxError):
+    except (IndexError, SyntaxError, TokenError):
         return []  # no source, or another one
     ast.increment_lineno(tree, code.co_firstlineno - 2)
     return [node for node in ast.walk(tree) if isinstance(node, ast.With)]
