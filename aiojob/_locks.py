@@ -50,8 +50,8 @@ def warn_of_held_locks(fibre: Fibre) -> None:
             lock = _meaning(expression, frame)
             if _is_held(lock):
                 logger.warning(
-                    "a job pauses while it holds %s, %s: whoever wants it meanwhile blocks the thread, "
-                    "and the job with it. Hold it in `with pause_blocked():`, or use an "
+                    "a job pauses while it holds %s, %s: whoever wants it meanwhile blocks the "
+                    "thread, and the job with it. Hold it in `with pause_blocked():`, or use an "
                     "asyncio.Lock.\nThe lock was taken here:\n%sThe job pauses here:\n%s",
                     ast.unparse(expression),
                     repr(lock),  # as it is now

@@ -54,11 +54,12 @@ def _frames_of(frame: FrameType | None, *, needs_bottom: bool) -> list[FrameType
 
 
 def without_own_frames(stack: list[FrameType]) -> list[FrameType]:
-    """Drop the innermost frames that are aiojob's, but for the outermost of all."""
-    end = len(stack)
-    while end > 1 and _is_own(stack[end - 1]):
-        end -= 1
-    return stack[:end]
+    """Return what lies between the outermost and the innermost frame that is not aiojob's.
+
+    If all are, the outermost one.
+    """
+    others = [place for place, frame in enumerate(stack) if not _is_own(frame)]
+    return stack[others[0] : others[-1] + 1] if others else stack[:1]
 
 
 def _is_own(frame: FrameType) -> bool:

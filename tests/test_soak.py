@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 
+def test_soak_of_jobs_finds_no_fault_and_leaves_nothing() -> None:
+    options = ["--seconds", "2", "--jobs", "1000"]
+    assert "jobs ended" in soaked("benchmarks.soak", "jobs", *options)
+
+
 def test_soak_of_offload_finds_no_fault_and_leaves_nothing() -> None:
-    assert "calls ended" in soaked("benchmarks.soak", "--seconds", "2")
+    assert "calls ended" in soaked("benchmarks.soak", "offload", "--seconds", "2")
 
 
 def test_soak_of_tls_finds_no_fault_and_leaves_nothing() -> None:

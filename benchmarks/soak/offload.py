@@ -1,63 +1,32 @@
-"""Offload under fire, for as long as it is told: ``python -m benchmarks.soak --seconds 60``.
+"""Offloads under fire.
 
 Event loops in several threads, and threads without one, offload at random: functions that return,
 raise, block, and offload in their turn; waits that are cancelled or time out; limits that change,
-and workers whose idle time is over at once. Each call has to end exactly once, and nothing may
-be left behind. The exit status is 1 if that is not so.
+and workers whose idle time is over at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import faulthandler
-import gc
 import random
 import select
-import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-
 import aiojob
 from aiojob.engines._offload import all_workers
-from aiojob.testing import nothing_left
 
-from .measure import LOOPS
+from ..measure import LOOPS
+from .harness import Part, Soak
 
-SILENCE = 30.0
-"""Seconds without progress after which all stacks are shown and the program ends."""
 TASKS = 30
 """Jobs and coroutines at a time in each event loop."""
 
 
 class OffloadedError(Exception):
     """Raised by offloaded functions."""
-
-
-class Soak:
-    """One run: what its threads share."""
-
-    def __init__(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-        self.counts: Counter[str] = Counter()
-        self.faults: list[str] = []
-        self._lock = threading.Lock()
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() >= self.deadline or bool(self.faults)
-
-    def count(self, what: str) -> None:
-        with self._lock:
-            self.counts[what] += 1
-
-    def fault(self, what: str) -> None:
-        self.faults.append(what)
 
 
 class Call:
@@ -174,66 +143,18 @@ def disturbing(soak: Soak, chance: random.Random) -> None:
     aiojob.set_offload_threads(6)
 
 
-def soaked(seconds: float, loops: list[str], seed: int) -> Soak:
+def run(soak: Soak, loops: list[str], chance: random.Random) -> None:
     """Run it, in threads of its own."""
-    soak = Soak(seconds)
-    chance = random.Random(seed)
-
-    def guarded(func: Callable[..., None], *args: Any) -> None:
-        try:
-            func(*args)
-        except BaseException as error:
-            soak.fault(f"{func.__name__}: {error!r}")
-
     programs: list[tuple[Any, ...]] = [(event_loop, soak, loop) for loop in loops for _ in range(2)]
     programs += [(select_loop, soak), (blocking, soak), (disturbing, soak)]
     threads = [
-        threading.Thread(target=guarded, args=(*program, random.Random(chance.random())))
+        threading.Thread(target=soak.guarded, args=(*program, random.Random(chance.random())))
         for program in programs
     ]
     for thread in threads:
         thread.start()
-    watch(soak, threads)
     for thread in threads:
         thread.join()
-    return soak
 
 
-def watch(soak: Soak, threads: list[threading.Thread]) -> None:
-    """End the program if nothing goes on any more."""
-    seen = -1
-    while any(thread.is_alive() for thread in threads):
-        if soak.counts["calls run"] != seen:
-            seen = soak.counts["calls run"]
-            faulthandler.dump_traceback_later(SILENCE, exit=True)
-        time.sleep(0.1)
-    faulthandler.cancel_dump_traceback_later()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--loop", action="append", choices=LOOPS, help="default: both")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    options = parser.parse_args()
-    process = psutil.Process()
-    soaked(1, list(LOOPS), options.seed)  # whatever is kept for good is there by now
-    before = process.memory_info().rss
-    try:
-        with nothing_left():
-            soak = soaked(options.seconds, options.loop or list(LOOPS), options.seed)
-    except AssertionError as error:
-        print(f"left behind: {error}")
-        return 1
-    gc.collect()
-    for what, count in sorted(soak.counts.items()):
-        print(f"{what:32} {count:>12,}")
-    print(f"{'memory grew by':32} {(process.memory_info().rss - before) / 2**20:>8.1f} MiB")
-    print(f"{'jobs, fds, threads left':32} {'none':>12}")
-    for fault in soak.faults:
-        print(f"FAULT {fault} (--seed {options.seed})")
-    return bool(soak.faults)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+PART = Part(run, "calls run")
