@@ -434,6 +434,7 @@ class Pool:
     def forget(self, fibre: Fibre) -> None:
         """Give up a fibre that did not come back from its job; its place is free again."""
         self._fibres.discard(fibre)
+        fibre.port.func = None  # to whoever looks, the job has ended
         fibre.port.home = _die
         if self._waiters:
             self.give(self._make_idle())

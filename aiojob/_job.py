@@ -208,9 +208,10 @@ class Job:
     def __del__(self) -> None:
         # Only a hand-driven job that is paused gets here with its fibre: in every other state
         # the fibre holds the handle.
-        if self._fibre is not None:
-            self._fibre.handle = None  # `all_jobs` finds it no more
-            drop(self._fibre, self)
+        # One that a KeyboardInterrupt kept from being made has no attributes.
+        if (fibre := getattr(self, "_fibre", None)) is not None:
+            fibre.handle = None  # `all_jobs` finds it no more
+            drop(fibre, self)
 
 
 def name_of(func: object) -> str:
@@ -747,6 +748,8 @@ def get_wait_ctx(job: Job | None = None) -> WaitCtx:
         job = get_current_job()
         if job is None:
             raise JobError("get_wait_ctx() needs a job: none is running here, so pass one")
+    elif not isinstance(job, Job):
+        raise TypeError(f"job must be a Job, or None for the running one, got {job!r}")
     return job.wait_ctx
 
 

@@ -73,7 +73,7 @@ def _entered(frame: FrameType) -> list[ast.expr]:
         return []
     line, _, column, _ = next(islice(code.co_positions(), frame.f_lasti // 2, None))
     if line is None or column is None:  # python -X no_debug_ranges
-        return []
+        return []  # not traced
     here = line, column
     return [
         item.context_expr
@@ -130,11 +130,10 @@ def _attribute(owner: Any, name: str) -> Any:
 
 def _mangled(name: str, frame: FrameType) -> str:
     """Return what a private name of a class is called outside the class."""
-    if name.startswith("__"):
-        for mangled in frame.f_code.co_names:
-            if mangled.startswith("_") and mangled.endswith(name):
-                return mangled
-    return name
+    if not name.startswith("__"):
+        return name
+    names = frame.f_code.co_names
+    return next((one for one in names if one[:1] == "_" and one.endswith(name)), name)
 
 
 def _is_held(lock: Any) -> bool:

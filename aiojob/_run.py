@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from asyncio import AbstractEventLoop, CancelledError, Future, Runner, get_running_loop
+from asyncio import AbstractEventLoop, CancelledError, Future, Runner, get_running_loop, iscoroutine
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
 from time import monotonic
 from types import TracebackType
@@ -430,6 +430,7 @@ def run(
 
     Raises:
         RuntimeError: An event loop, or a job, is running in this thread.
+        ValueError: `main` is no coroutine.
     """
 
     def run_main() -> T:
@@ -444,6 +445,7 @@ def run(
                 "await the coroutine instead"
             )
     except RuntimeError:
-        main.close()  # or it would warn that it was never awaited
+        if iscoroutine(main):
+            main.close()  # or it would warn that it was never awaited
         raise
     return run_in_own_greenlet(run_main)  # type: ignore[no-any-return]

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Final, Protocol, Self, TypeAlias
 
 from ._errors import JobError
 
 __all__ = ["Callback", "Cleanup", "WaitCtx", "WaitStatus"]
+
+
+FDS_END: Final = 1 << 31
+"""No file descriptor is so large: they are C ints."""
 
 
 class WaitStatus(IntEnum):
@@ -133,7 +137,7 @@ class WaitCtx:
 
         Raises:
             TypeError: `fd` is not an int, or `cleanup` is not callable.
-            ValueError: `fd` is negative.
+            ValueError: `fd` is negative, or too large for one.
             JobError: The context was freed.
         """
         self._check_not_freed()
@@ -141,6 +145,8 @@ class WaitCtx:
             raise TypeError(f"fd must be an int, got {fd!r}: pass obj.fileno()")
         if fd < 0:
             raise ValueError(f"fd must not be negative, got {fd}: is the file closed?")
+        if fd >= FDS_END:
+            raise ValueError(f"fd must fit into a C int, got {fd}: pass obj.fileno()")
         if cleanup is not None and not callable(cleanup):
             raise TypeError(
                 "cleanup must be callable as cleanup(wait_ctx, key, fd, custom_data), "

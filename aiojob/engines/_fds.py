@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from .._errors import WaitFdError
 from .._job import can_pause, get_wait_ctx, pause_job
+from .._waitctx import FDS_END
 from ._kernel import WritableFd
 from ._pauses import Key, alarm_of, check_seconds, watching_fds
 
@@ -48,6 +49,8 @@ def wait_readable(fd: int | HasFileno, timeout: float | None = None) -> None:
 
     Raises:
         TimeoutError: There was nothing in time.
+        TypeError: That is neither an fd nor something that has one.
+        ValueError: A negative fd, as of a closed file, or a time that `sleep` refuses.
         WaitFdError: The fd is closed, or the event loop cannot watch it.
     """
     _wait(fd, EVENT_READ, timeout)
@@ -75,14 +78,23 @@ def wait_writable(fd: int | HasFileno, timeout: float | None = None) -> None:
 def _wait(fd: int | HasFileno, event: int, timeout: float | None) -> None:
     if timeout is not None:
         check_seconds("timeout", timeout)
-    number = fd if isinstance(fd, int) else fd.fileno()
-    if number < 0:
+    number = _number_of(fd)
+    if not 0 <= number < FDS_END:
         raise ValueError(f"an open fd is needed, got {number} of {fd!r}: is the file closed?")
     if _is_ready(number, event, 0):
         return
     ready = _pause(number, event, timeout) if can_pause() else _block(number, event, timeout)
     if not ready:
         raise TimeoutError(f"fd {number} was not {_NAMES[event]} within {timeout} s")
+
+
+def _number_of(fd: int | HasFileno) -> int:
+    if isinstance(fd, int) and not isinstance(fd, bool):
+        return fd
+    try:
+        return fd.fileno()  # type: ignore[union-attr]
+    except AttributeError:
+        raise TypeError(f"an fd, or an object with fileno(), is needed, got {fd!r}") from None
 
 
 _NAMES: Final = {EVENT_READ: "readable", EVENT_WRITE: "writable"}

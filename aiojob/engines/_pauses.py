@@ -11,7 +11,6 @@ from asyncio import get_running_loop
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from math import isnan
 from time import monotonic
 from typing import Any, Final, Protocol
 
@@ -194,7 +193,7 @@ def check_seconds(name: str, seconds: float) -> None:
     """Raise an error unless this is a time to wait."""
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, got {seconds!r}")
-    if isnan(seconds) or seconds < 0:
+    if not seconds >= 0:  # nor is nan
         raise ValueError(f"{name} must not be negative, got {seconds!r}")
     if seconds > LONGEST:
         raise ValueError(f"{name} must be at most {LONGEST:.0f} seconds, got {seconds!r}")
