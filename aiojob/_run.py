@@ -115,20 +115,21 @@ async def run_job(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) ->
     counts = pool.counts
     while reply is not port:
         counts.pauses += 1.0
-        if (interval := pool.interval) is None:
-            interval = note_pause(fibre)
-        port.since = interval
         try:
+            if (interval := pool.interval) is None:
+                interval = note_pause(fibre)
+            port.since = interval
             if reply is PAUSE:
                 value = None
                 if (wake_up := _paused(fibre)) is not None:
                     await wake_up
             else:
                 value = await reply
+            here = getcurrent()  # a call, after which a signal handler may run, and raise
         except BaseException as exc:
             error = _without_first_frame(exc)
         else:
-            if getcurrent() is not driver:
+            if here is not driver:
                 driver = _follow_driver(fibre)
             if fibre.paused_in is None:  # this is `resume`, without its frame
                 port.running = True
