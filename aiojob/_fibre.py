@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -317,7 +317,8 @@ class Pool:
         self._fibres: set[Fibre] = set()
         self._idle: list[Fibre] = []
         self._reserve: list[Fibre] = []
-        self._waiters: deque[Waiter] = deque()
+        # In their order; a list would take long to find each of many that are cancelled at once.
+        self._waiters: OrderedDict[Waiter, None] = OrderedDict()
         self._inbox: deque[Callable[[], object]] = deque()
         self._kept = KEPT
         self._closed = False
@@ -407,18 +408,17 @@ class Pool:
 
     def add_waiter(self, waiter: Waiter) -> None:
         """Have the next free fibre offered to `waiter`."""
-        self._waiters.append(waiter)
+        self._waiters[waiter] = None
         self.give = self._give_to_waiter
         if self._inbox:  # posted between the waiter's look at the pool and this call
             self.do_posted()
 
     def remove_waiter(self, waiter: Waiter) -> None:
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+        self._waiters.pop(waiter, None)
 
     def _give_to_waiter(self, fibre: Fibre) -> None:
         while self._waiters:
-            waiter = self._waiters.popleft()
+            waiter, _ = self._waiters.popitem(last=False)
             if waiter.offer(fibre):
                 return
         self.give = self._idle.append

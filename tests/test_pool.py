@@ -194,6 +194,38 @@ async def test_place_freed_while_a_waiter_enters_the_queue_is_its_own(
     assert await run_job(len, "abc") == 3
 
 
+def test_waiter_is_taken_out_of_the_queue_without_a_search() -> None:
+    """Tens of thousands may be cancelled at once."""
+    compared = []
+
+    class Waiter:
+        func: Callable[..., Any] = len
+        since = 0.0
+
+        def __eq__(self, other: object) -> bool:
+            compared.append(other)
+            return self is other
+
+        __hash__ = object.__hash__
+
+        def offer(self, fibre: _fibre.Fibre) -> bool:
+            return False
+
+        def call_soon_threadsafe(self, action: Callable[[], object]) -> bool:
+            return False
+
+    pool = _fibre.pool_of_thread()
+    waiters = [Waiter() for _ in range(100)]
+    for waiter in waiters:
+        pool.add_waiter(waiter)
+    assert pool.queue() == waiters
+    for waiter in reversed(waiters):
+        pool.remove_waiter(waiter)
+        pool.remove_waiter(waiter)  # no effect
+    assert pool.waiters == 0
+    assert not compared
+
+
 async def test_waiter_offered_a_fibre_and_closed_by_another_thread_gives_it_back() -> None:
     init_thread(1)
     gate = asyncio.Event()
