@@ -174,7 +174,7 @@ def print_jobs(file: TextIO | None = None) -> None:
     ...     job = None
     1 job: 0 running, 1 paused
     <BLANKLINE>
-    look_up in MainThread, paused for 0.0 s
+    look_up in MainThread, paused for ... s
       waits for its driver, with fd 7 (key 'resolver')
         File "<doctest ...>", line 2, in look_up
           pause_job()
