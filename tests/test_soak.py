@@ -17,7 +17,7 @@ def test_soak_of_offload_finds_no_fault_and_leaves_nothing() -> None:
 
 
 def test_soak_of_tls_finds_no_fault_and_leaves_nothing() -> None:
-    assert "served byte by byte" in soaked("benchmarks.soak_tls", "--handshakes", "200")
+    assert "served byte by byte" in soaked("benchmarks.soak.tls", "--handshakes", "200")
 
 
 def soaked(module: str, *options: str) -> str:

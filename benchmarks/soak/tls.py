@@ -1,4 +1,4 @@
-"""TLS handshakes under fire: ``python -m benchmarks.soak_tls --handshakes 20000``.
+"""TLS handshakes under fire: ``python -m benchmarks.soak.tls --handshakes 20000``.
 
 Clients connect to a server whose SNI callback waits, offloads, refuses or fails. They shake hands
 and talk, or leave at some moment in some way, send garbage, refuse the certificate, say nothing
@@ -32,7 +32,7 @@ from aiojob import tls
 from aiojob.testing import nothing_left
 from aiojob.tls import HandshakeMode
 
-from .measure import LOOPS
+from ..measure import LOOPS
 
 T = TypeVar("T")
 
@@ -356,7 +356,7 @@ def soaked(handshakes: int, loop: str, mode: HandshakeMode, seed: int) -> bool:
 
 def main() -> int:
     modes = [mode for mode in get_args(HandshakeMode) if mode != "openssl"]  # no callbacks there
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak_tls", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak.tls", description=__doc__)
     parser.add_argument("--handshakes", type=int, default=20_000, help="on each loop in each mode")
     parser.add_argument("--loop", action="append", choices=LOOPS, help="default: both")
     parser.add_argument("--mode", action="append", choices=modes, help="default: both")
