@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import shutil
@@ -60,6 +61,13 @@ def _loops_were_used() -> None:
     """Have each kind of loop open what it keeps for good."""
     for factory in LOOPS.values():
         factory().close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_collected() -> None:
+    """Spare the collection behind each test what stays anyway; that is most of a short test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
