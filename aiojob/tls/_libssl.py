@@ -277,7 +277,7 @@ def _psk_callback_words() -> tuple[int, ...]:
     return _word_referring_to(_marker, client), _word_referring_to(_marker, server)
 
 
-def _marker(*_: object) -> None:
+def _marker(*_: Any) -> Any:
     """Be found."""
 
 
