@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import trustme
+from support import unavailable
 
+from aiojob.tls._handover import can_rebind
 from tls.kit import KINDS, Kind, LoopErrors
 
 NAMES = ["localhost", *(f"{name}.example" for name in ("a", "b", "c", "d"))]
@@ -87,6 +89,8 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kin
     kind = KINDS[request.param]
     if not kind.rebind:
         monkeypatch.setattr("aiojob.tls._handover.can_rebind", lambda: False)
+    elif not (kind.is_reference or can_rebind()):
+        unavailable("needs a libssl that can be reached")
     return kind
 
 
