@@ -6,6 +6,7 @@ import os
 import queue
 import resource
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,6 +48,50 @@ def test_wake_up_that_finds_nobody_idle_is_not_under_way() -> None:
     workers = Workers(0, 2)
     workers._wake_one()
     assert not workers._waking
+
+
+def test_end_waits_for_the_threads_of_workers_that_have_left_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = Workers(0, 1)
+    joined: list[Worker] = []
+
+    class Leaving(Worker):
+        def join(self, timeout: float | None = None) -> None:
+            joined.append(self)
+
+    worker = Leaving(workers)
+    workers._workers = (worker,)
+    monkeypatch.setattr(workers, "_wake_all", lambda: workers._end(worker))
+    assert workers.end(1) == ()
+    assert joined == [worker]
+
+
+def test_end_has_what_is_queued_run_and_starts_no_worker_for_it_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = Workers(0, 1)
+    ending = threading.Event()
+    ran: list[Call] = []
+
+    def now() -> float:
+        ending.set()
+        return time.monotonic()
+
+    class Slow(NoCall):
+        def run(self, ended: Callable[[Any], object]) -> None:
+            ending.wait()
+            time.sleep(0.02)  # enough for workers to be told to leave too early
+            ran.append(self)
+            ended(self)
+
+    calls = [Slow(), Slow()]
+    for call in calls:
+        workers.submit(call)
+    monkeypatch.setattr("aiojob.engines._workers.monotonic", now)
+    assert workers.end(20) == ()
+    assert ran == calls
+    assert workers.threads == ()
 
 
 def test_worker_that_is_woken_twice_gets_up_once() -> None:

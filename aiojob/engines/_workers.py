@@ -33,7 +33,7 @@ from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Final, Protocol
 
 __all__ = ["IDLE_SECONDS", "Call", "Workers", "nesting"]
@@ -204,11 +204,14 @@ class Workers:
                 self._start_worker()
 
     def end(self, seconds: float) -> tuple[Worker, ...]:
-        """End all workers, and return those whose calls took longer than that."""
+        """End all workers once they have run what is queued; return those that took longer."""
         deadline = monotonic() + seconds
+        while self._unfinished and monotonic() < deadline:
+            sleep(0.001)  # workers that left before would be followed by others, for what is queued
+        workers = self._workers  # those that are quick take themselves out before their thread ends
         limit, self.limit = self.limit, 0
         self._wake_all()
-        for worker in self._workers:
+        for worker in workers:
             worker.join(max(0, deadline - monotonic()))
         left = self._workers
         self.resize(limit)
