@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import doctest
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import unavailable
+from support import unavailable, without_slow_steps
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 LOOP_NEUTRAL = [path for path in EXAMPLES if "asyncio.run(" in path.read_text()]
@@ -30,9 +29,6 @@ sys.path[0] = os.path.dirname(sys.argv[1])
 runpy.run_path(sys.argv[1], run_name="__main__")
 assert loops, "the example did not run on uvloop"
 """
-
-# The debug mode's report on a step of the loop that took long, which depends on the machine.
-SLOW_STEP = re.compile(r"^Executing <.*> took [\d.]+ seconds\n", re.MULTILINE)
 
 
 def expected_output(example: Path) -> str:
@@ -72,7 +68,7 @@ def check(example: Path, environment: dict[str, str], *program: str) -> None:
         timeout=100,
         check=False,
     )
-    assert on_dask or SLOW_STEP.sub("", run.stderr) == ""
+    assert on_dask or without_slow_steps(run.stderr) == ""
     # "..." stands for what depends on the machine.
     expected = expected_output(example)
     as_expected = doctest.OutputChecker().check_output(expected, run.stdout, doctest.ELLIPSIS)
