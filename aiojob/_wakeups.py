@@ -263,18 +263,29 @@ class Hub:
         self._scheduled = True
         try:
             if loop is not None:
-                loop.call_soon_threadsafe(self._drain)
+                loop.call_soon_threadsafe(_Drain(self))
                 return
         except RuntimeError:  # the loop is closed
             pass
         except BaseException:  # a KeyboardInterrupt, say: the next post has to schedule
             self._scheduled = False
             raise
+        self.drop_posted()
+
+    @property
+    def has_posted(self) -> bool:
+        """Whether there is something to deliver."""
+        return bool(self._posted)
+
+    def drop_posted(self) -> None:
+        """Drop what was posted: the loop is closed. What it holds may hold the loop itself."""
+        # The flag first, as in the drain: who appends after it is cleared finds the loop closed.
         self._scheduled = False
         self._posted.clear()
         logger.debug("a job was woken after its event loop had been closed")
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Deliver what was posted, in the loop's thread."""
         self._scheduled = False
         self.ident = get_ident()
         posted = self._posted
@@ -292,7 +303,7 @@ class Hub:
                 posted.popleft()  # only now, lest an interrupt loses it
         finally:  # a KeyboardInterrupt leaves the others to the loop's next run
             if posted:
-                get_running_loop().call_soon(self._drain)
+                get_running_loop().call_soon(_Drain(self))
 
     # -- the size of the pool
 
@@ -335,6 +346,23 @@ class Hub:
 
     def forget(self, watch: _FdWatch) -> None:
         del self._watches[watch.fd]
+
+
+class _Drain:
+    """A drain that a loop is to call. One that is closed before lets go of it, and it tells."""
+
+    __slots__ = ("_hub",)
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def __call__(self) -> None:
+        self._hub.drain()
+
+    def __del__(self) -> None:
+        loop = self._hub.loop
+        if self._hub.has_posted and (loop is None or loop.is_closed()):
+            self._hub.drop_posted()
 
 
 def _unwatchable(ctx: WaitCtx, entry: WaitFd, error: Exception) -> WaitFdError:

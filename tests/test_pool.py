@@ -508,6 +508,7 @@ def test_late_callbacks_are_not_kept_when_the_loop_closed_before_its_drain(
     late = loop.run_until_complete(hub())
     late.post(_wakeups.Waker.wake, _wakeups.Waker(late))
     loop.close()
+    assert not late._posted
     for _ in range(10):
         late.post(_wakeups.Waker.wake, _wakeups.Waker(late))
     assert not late._posted
@@ -669,6 +670,9 @@ def test_interrupted_post_does_not_keep_later_ones_from_the_loop(
     woken: list[str] = []
 
     class Interrupted:
+        def is_closed(self) -> bool:
+            return False
+
         def call_soon_threadsafe(self, *args: object) -> NoReturn:
             raise KeyboardInterrupt
 

@@ -114,7 +114,7 @@ class Acceptor(asyncio.BufferedProtocol):
             self._transport.pause_reading()
         if self.task is not None:
             self._wake()
-        elif self._reason is None:
+        else:
             self.task = self._listener.loop.create_task(self._main())
             self.task.add_done_callback(self._ended)
 

@@ -111,6 +111,5 @@ class _WithHook(Generic[T]):
         try:
             yield first
         except BaseException as error:
-            steps.throw(error)
-            raise
+            steps.throw(error)  # start_tls cleans up, and raises it
         return (yield from steps)

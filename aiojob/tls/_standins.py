@@ -83,8 +83,6 @@ class Shuttle:
     def _carry_in(self) -> None:
         if self._loop_incoming.pending:
             self._incoming.write(self._loop_incoming.read())
-        if self._loop_incoming.eof and not self._incoming.eof:
-            self._incoming.write_eof()
 
     def _carry_out(self) -> None:
         if self._outgoing.pending:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from itertools import product
 from typing import Any
 
 import pytest
 
-from aiojob import await_, offload, sleep, tls
+from aiojob import CannotPauseError, await_, offload, sleep, tls
 from tls.conftest import NAMES, Certificates
 from tls.kit import (
     HANDOVERS,
@@ -668,3 +668,44 @@ async def test_a_key_callback_is_cancelled_when_its_client_leaves(
         client.reset()
         await waiting.end()
     assert waiting.events == ["called", "cancelled", "ended"]
+
+
+# -- what is no coroutine, and where there is no handshake
+
+
+class Lookup:
+    """Something to await that is no coroutine."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.context = context
+
+    def __await__(self) -> Generator[Any, Any, ssl.SSLContext]:
+        yield from asyncio.sleep(0.001).__await__()
+        return self.context
+
+
+@pausing_kinds
+async def test_a_callback_may_return_anything_that_can_be_awaited(
+    kind: Kind, contexts: Contexts, client_context: ssl.SSLContext
+) -> None:
+    server_context = contexts["localhost"]
+    server_context.sni_callback = tls.sni_callback(lambda *_: Lookup(contexts["a.example"]))
+    async with (
+        kind.serving(Echo, server_context) as address,
+        Client(client_context, "a.example") as client,
+    ):
+        await client.connect(address)
+        await client.handshake()
+        assert name_shown(client) == "a.example"
+
+
+def test_outside_a_handshake_a_callback_raises_its_error() -> None:
+    wrong: Any = "no bytes"
+    with pytest.raises(TypeError, match="returns bytes"):
+        tls.psk_server_callback(lambda identity: wrong)("device 7")
+
+    async def waits(*_: Any) -> None:
+        await asyncio.sleep(0)
+
+    with pytest.raises(CannotPauseError):
+        tls.sni_callback(waits)(None, None, None)  # type: ignore[arg-type]

@@ -86,6 +86,7 @@ async def site(kind: Kind, context: ssl.SSLContext, **options: Any) -> AsyncIter
             handshake=kind.handshake or "loop",
             **options,
         )
+        assert started.port == 0
         await started.start()
         yield started
     finally:
