@@ -24,7 +24,7 @@ class ContextStandIn:
     __slots__ = ("_context", "_wrap")
 
     _context: ssl.SSLContext
-    _wrap: Wrap
+    _wrap: Wrap | None
 
     def __init__(self, context: ssl.SSLContext, wrap: Wrap) -> None:
         object.__setattr__(self, "_context", context)
@@ -38,8 +38,10 @@ class ContextStandIn:
         self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **kwargs: Any
     ) -> ssl.SSLObject:
         wrap = self._wrap
+        if wrap is None:
+            return self._context.wrap_bio(incoming, outgoing, *args, **kwargs)
         # The transport keeps the stand-in; from now on it is like the real one.
-        object.__setattr__(self, "_wrap", self._context.wrap_bio)
+        object.__setattr__(self, "_wrap", None)
         return wrap(incoming, outgoing)
 
     def __getattr__(self, name: str) -> Any:
