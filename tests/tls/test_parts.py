@@ -1,15 +1,20 @@
-"""The parts of the hand-over: the context's stand-in, and a connection that is lost meanwhile."""
+"""Parts on their own: what happens between two steps of a handshake, or after a loop."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import ssl
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
+
+import pytest
 
 from aiojob.tls._handover import hand_over
 from aiojob.tls._handshake import Handshake
 from aiojob.tls._standins import ContextStandIn
-from aiojob.tls._steps import LoopSteps
+from aiojob.tls._steps import LoopSteps, Steps, ThreadSteps
 
 
 def test_a_stand_in_of_a_context_is_like_it_once_it_was_used(
@@ -56,3 +61,17 @@ async def test_a_connection_that_is_lost_in_the_hand_over_is_not_handed_over(
     assert await hand_over(loop, connection, handshake, server_context, None) is None
     assert connection.is_lost
     assert await hand_over(loop, connection, handshake, server_context, None) is None
+
+
+def test_a_worker_whose_event_loop_has_closed_waits_for_nothing(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop], server_context: ssl.SSLContext
+) -> None:
+    async def steps() -> Steps:
+        return Handshake(server_context, ThreadSteps).steps
+
+    with closing(loop_factory()) as loop:
+        in_thread = loop.run_until_complete(steps())
+    lookup = asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="closed"):
+        in_thread.await_in_callback(lookup)
+    assert inspect.getcoroutinestate(lookup) == inspect.CORO_CLOSED
