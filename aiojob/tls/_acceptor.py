@@ -21,7 +21,7 @@ from typing import Final, TypeAlias, cast
 from .._run import await_, run_job
 from ._handover import hand_over, introduce
 from ._handshake import Handshake, NewSteps
-from ._steps import as_current
+from ._steps import set_current
 
 __all__ = ["Acceptor", "Listener"]
 
@@ -177,8 +177,11 @@ class Acceptor(asyncio.BufferedProtocol):
         """Shake hands; return None if the peer leaves in the hand-over."""
         listener = self._listener
         handshake = self._handshake = Handshake(listener.context, listener.new_steps)
-        with as_current(handshake.steps):
+        token = set_current(handshake.steps)
+        try:  # and no context manager, which would cost half a KiB for each that is paused
             await run_job(handshake.run, self)
+        finally:
+            token.var.reset(token)
         self._raise_if_given_up()
         received = handshake.incoming.read() + self._received
         tls_transport = await hand_over(

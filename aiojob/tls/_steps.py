@@ -12,17 +12,17 @@ import asyncio
 import inspect
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import suppress
+from contextvars import ContextVar, Token
 from typing import Any, Final, TypeVar
 from weakref import ref
 
 from .._run import await_
 from ..engines._offload import offload_beneath
 
-__all__ = ["LoopSteps", "Steps", "ThreadSteps", "as_current", "current_steps"]
+__all__ = ["LoopSteps", "Steps", "ThreadSteps", "current_steps", "set_current"]
 
 T = TypeVar("T")
 
@@ -163,11 +163,6 @@ def current_steps() -> Steps | None:
     return None if steps is None else steps()
 
 
-@contextmanager
-def as_current(steps: Steps) -> Iterator[None]:
-    """Have these steps be the context's for the length of a block."""
-    token = _current_steps.set(ref(steps))
-    try:
-        yield
-    finally:
-        _current_steps.reset(token)
+def set_current(steps: Steps) -> Token[ref[Steps] | None]:
+    """Have these steps be the context's, until the token's variable is reset."""
+    return _current_steps.set(ref(steps))
