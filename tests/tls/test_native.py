@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 from aiojob import CannotPauseError, LibsslUnavailableError, WaitFdError, cleanup_thread, run_job
 from aiojob.tls import _native
@@ -29,33 +28,17 @@ from aiojob.tls._native import (
     is_native_capable,
     resume_abandoned,
 )
+from tls.conftest import Certificates
 from tls.native_engine import NativeEngine, until
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def certificate(authority: trustme.CA) -> trustme.LeafCert:
-    return authority.issue_cert("localhost", key_type=trustme.KeyType.RSA)
-
-
 @pytest.fixture
-def server_context(engine: NativeEngine, certificate: trustme.LeafCert) -> ssl.SSLContext:
+def server_context(engine: NativeEngine, certificates: Certificates) -> ssl.SSLContext:
     """A context whose key belongs to the engine."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificate.configure_cert(context)
-    return context
-
-
-@pytest.fixture
-def client_context(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.configure_trust(context)
+    certificates.rsa.configure_cert(context)
     return context
 
 
@@ -222,10 +205,10 @@ async def test_loop_goes_on_while_the_engine_works(
 
 
 async def test_handshake_without_an_engine_does_not_pause(
-    certificate: trustme.LeafCert, client_context: ssl.SSLContext
+    certificates: Certificates, client_context: ssl.SSLContext
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificate.configure_cert(context)
+    certificates.rsa.configure_cert(context)
     pair = Pair(context, client_context)
     await run_job(pair.shake_hands)
     pair.exchange()

@@ -14,38 +14,21 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import pytest
-import trustme
 
 from aiojob import LibsslUnavailableError, tls
 from aiojob.tls._acceptor import RECEIVED_LIMIT
 from aiojob.tls._native import NativeSteps, abandoned
+from tls.conftest import Certificates
 from tls.native_engine import NativeEngine, until
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def certificate(authority: trustme.CA) -> trustme.LeafCert:
-    return authority.issue_cert("localhost", key_type=trustme.KeyType.RSA)
-
-
 @pytest.fixture
-def server_context(engine: NativeEngine, certificate: trustme.LeafCert) -> ssl.SSLContext:
+def server_context(engine: NativeEngine, certificates: Certificates) -> ssl.SSLContext:
     """A context whose key belongs to the engine."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificate.configure_cert(context)
-    return context
-
-
-@pytest.fixture
-def client_context(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.configure_trust(context)
+    certificates.rsa.configure_cert(context)
     return context
 
 
