@@ -21,7 +21,7 @@ import ctypes
 import ssl
 from contextlib import suppress
 from ctypes import POINTER, byref, c_int, c_long, c_size_t, c_ulong, c_void_p
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Final
 
 from .._errors import LibsslUnavailableError
@@ -51,7 +51,7 @@ _WORD: Final = ctypes.sizeof(c_void_p)
 
 
 class _Libssl:
-    """The functions of libssl and libcrypto that are needed."""
+    """The functions of libssl and libcrypto that are needed to move connections."""
 
     def __init__(self) -> None:
         try:
@@ -64,35 +64,48 @@ class _Libssl:
             ) from error
         self.socket_type: type = _ssl._SSLSocket  # type: ignore[attr-defined]
         self.context_type: type = _ssl._SSLContext
-        version = self._function("OpenSSL_version_num", c_ulong)()
+        version = self.function("OpenSSL_version_num", c_ulong)()
         if version != ssl.OPENSSL_VERSION_NUMBER:
             raise LibsslUnavailableError(
                 f"_ssl uses OpenSSL {ssl.OPENSSL_VERSION_NUMBER:#x}, but {_ssl.__file__} leads to "
                 f"version {version:#x}: is there another libssl in the process?"
             )
-        void, integer = c_void_p, c_int
-        self.get_context = self._function("SSL_get_SSL_CTX", void, void)
-        self.get_rbio = self._function("SSL_get_rbio", void, void)
-        self.get_wbio = self._function("SSL_get_wbio", void, void)
-        self.set_rbio = self._function("SSL_set0_rbio", None, void, void)
-        self.set_wbio = self._function("SSL_set0_wbio", None, void, void)
-        self.up_ref = self._function("BIO_up_ref", integer, void)
-        self.ctrl = self._function("SSL_ctrl", c_long, void, integer, c_long, void)
-        self.want = self._function("SSL_want", integer, void)
-        self.is_async_capable = self._function("ASYNC_is_capable", integer)
-        self.get_async_fds = self._function(
-            "SSL_get_all_async_fds", integer, void, POINTER(c_int), POINTER(c_size_t)
-        )
+        void = c_void_p
+        self.get_context = self.function("SSL_get_SSL_CTX", void, void)
+        self.get_rbio = self.function("SSL_get_rbio", void, void)
+        self.get_wbio = self.function("SSL_get_wbio", void, void)
+        self.set_rbio = self.function("SSL_set0_rbio", None, void, void)
+        self.set_wbio = self.function("SSL_set0_wbio", None, void, void)
+        self.up_ref = self.function("BIO_up_ref", c_int, void)
 
-    def _function(self, name: str, returns: Any, *takes: Any) -> Any:
+    @cached_property
+    def native(self) -> _Native:
+        """What native jobs need as well."""
+        return _Native(self)
+
+    def function(self, name: str, returns: Any, *takes: Any) -> Any:
         try:
             function = self._library[name]  # a new object each time: nobody else's to declare
         except AttributeError:
             raise LibsslUnavailableError(
-                f"{name} is not found through {self._library._name}: is OpenSSL linked statically?"
+                f"{name} is not found through {self._library._name}: is OpenSSL linked statically, "
+                "or is it another library?"
             ) from None
         function.restype, function.argtypes = returns, takes
         return function
+
+
+class _Native:
+    """The functions for native jobs, which LibreSSL and BoringSSL do not have."""
+
+    def __init__(self, libssl: _Libssl) -> None:
+        void, integer = c_void_p, c_int
+        self.ctrl = libssl.function("SSL_ctrl", c_long, void, integer, c_long, void)
+        self.want = libssl.function("SSL_want", integer, void)
+        self.is_async_capable = libssl.function("ASYNC_is_capable", integer)
+        self.get_async_fds = libssl.function(
+            "SSL_get_all_async_fds", integer, void, POINTER(c_int), POINTER(c_size_t)
+        )
 
 
 _libssl: Final = cache(_Libssl)
@@ -160,22 +173,22 @@ class Connection:
 
     def set_async(self) -> None:
         """Have libssl run the handshake as a native job (``SSL_MODE_ASYNC``)."""
-        self._libssl.ctrl(self._ssl, _SSL_CTRL_MODE, _SSL_MODE_ASYNC, None)
+        self._libssl.native.ctrl(self._ssl, _SSL_CTRL_MODE, _SSL_MODE_ASYNC, None)
 
     def clear_async(self) -> None:
         """Undo `set_async`. No native job may be paused."""
-        self._libssl.ctrl(self._ssl, _SSL_CTRL_CLEAR_MODE, _SSL_MODE_ASYNC, None)
+        self._libssl.native.ctrl(self._ssl, _SSL_CTRL_CLEAR_MODE, _SSL_MODE_ASYNC, None)
 
     def want(self) -> int:
         """Return what the last call waits for (``SSL_want``)."""
-        return self._libssl.want(self._ssl)  # type: ignore[no-any-return]
+        return self._libssl.native.want(self._ssl)  # type: ignore[no-any-return]
 
     def async_fds(self) -> list[int]:
         """Return the fds that wake the paused native job (``SSL_get_all_async_fds``)."""
         count = c_size_t()
-        self._libssl.get_async_fds(self._ssl, None, byref(count))
+        self._libssl.native.get_async_fds(self._ssl, None, byref(count))
         fds = (c_int * count.value)()
-        self._libssl.get_async_fds(self._ssl, fds, byref(count))
+        self._libssl.native.get_async_fds(self._ssl, fds, byref(count))
         return list(fds)
 
 
@@ -250,9 +263,9 @@ def is_async_capable() -> bool:
     """Return whether libcrypto can pause jobs on this platform (``ASYNC_is_capable``).
 
     Raises:
-        LibsslUnavailableError: libssl cannot be reached.
+        LibsslUnavailableError: libssl cannot be reached, or has no native jobs.
     """
-    return bool(_libssl().is_async_capable())
+    return bool(_libssl().native.is_async_capable())
 
 
 def has_psk_callback(context: ssl.SSLContext) -> bool:

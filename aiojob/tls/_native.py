@@ -203,9 +203,11 @@ def _obstacle() -> str | None:
     error = check_rebind()
     if error is not None:
         return str(error)
-    if not is_async_capable():
-        return "OpenSSL cannot pause jobs on this platform (ASYNC_is_capable)"
-    return None
+    try:
+        is_capable = is_async_capable()
+    except LibsslUnavailableError as missing:
+        return str(missing)
+    return None if is_capable else "OpenSSL cannot pause jobs on this platform (ASYNC_is_capable)"
 
 
 def _check_callbacks(context: ssl.SSLContext) -> None:

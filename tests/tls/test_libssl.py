@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 import trustme
 
-from aiojob import AiojobError, LibsslUnavailableError
+from aiojob import AiojobError, LibsslUnavailableError, tls
 from aiojob.tls import _libssl
 from aiojob.tls._libssl import (
     Connection,
@@ -23,6 +23,7 @@ from aiojob.tls._libssl import (
     has_psk_callback,
     is_async_capable,
 )
+from aiojob.tls._native import check_native
 
 SSL_NOTHING: Final = 1
 BIO_CB_FREE: Final = 1
@@ -411,6 +412,33 @@ def test_unreachable_libssl_is_told(
     assert str(check_rebind())
     with pytest.raises(LibsslUnavailableError, match=message):
         is_async_capable()
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(
+    "missing", ["ASYNC_is_capable", "SSL_get_all_async_fds", "SSL_want", "SSL_ctrl"]
+)
+def test_libssl_without_native_jobs_can_move_connections(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """LibreSSL's and BoringSSL's."""
+    function = _libssl._Libssl.function
+    monkeypatch.setattr(
+        _libssl._Libssl,
+        "function",
+        lambda self, name, *types: function(
+            self, f"no_{name}" if name == missing else name, *types
+        ),
+    )
+    assert check_rebind() is None
+    pair.shake_hands()
+    pair.move()
+    pair.exchange()
+    with pytest.raises(LibsslUnavailableError, match=f"no_{missing} is not found"):
+        is_async_capable()
+    assert not tls.is_native_capable()
+    with pytest.raises(LibsslUnavailableError, match=f"not possible here: no_{missing} is not"):
+        check_native(pair.server.context)
 
 
 # -- PSK callbacks

@@ -225,7 +225,7 @@ async def test_step_with_garbage_fails_as_do_handshake_does(new_pair: Callable[[
 
 
 def mode_of(connection: Any) -> int:
-    return int(connection._libssl.ctrl(connection._ssl, 33, 0, None))
+    return int(connection._libssl.native.ctrl(connection._ssl, 33, 0, None))
 
 
 async def test_finish_leaves_the_mode_as_it_was(new_pair: Callable[[], Pair]) -> None:
