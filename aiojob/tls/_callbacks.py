@@ -45,7 +45,11 @@ def sni_callback(
 
     What it raises ends the handshake with the alert ``internal_error`` and goes to the event
     loop's exception handler. Outside aiojob's servers it works for functions that do not wait.
+
+    Raises:
+        TypeError: `func` is not callable.
     """
+    _check_callable(func, "sni_callback(func), func(ssl_object, server_name, context)")
 
     @functools.wraps(func)
     def callback(
@@ -77,13 +81,22 @@ def psk_server_callback(
     Called as ``func(identity)`` with the client's identity, None if it sent none. It returns the
     shared key, or ``b""`` if there is none. Where it runs, cancellation and errors are those of
     `sni_callback`.
+
+    Raises:
+        TypeError: `func` is not callable.
     """
+    _check_callable(func, "psk_server_callback(func), func(identity)")
 
     @functools.wraps(func)
     def callback(identity: str | None) -> bytes:
         return _result_of(functools.partial(func, identity), _check_key, b"")
 
     return callback
+
+
+def _check_callable(func: object, calls: str) -> None:
+    if not callable(func):
+        raise TypeError(f"func must be callable, got {func!r}: {calls}")
 
 
 def _result_of(

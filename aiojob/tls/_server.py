@@ -76,21 +76,28 @@ async def create_server(
     error of a callback by the event loop's exception handler.
 
     Raises:
-        TypeError: `ssl` is not an `ssl.SSLContext`.
+        TypeError: `ssl` is not an `ssl.SSLContext`, `protocol_factory` is not callable, or a
+            timeout is no number.
         ValueError: An unknown `handshake`, or a timeout that is not positive.
         ssl.SSLError: The context is none for servers.
         LibsslUnavailableError: ``handshake="openssl"`` is not possible; the message says why.
         OSError: The address cannot be listened on.
     """
+    _check_callable("protocol_factory", protocol_factory, "protocol_factory()")
     _check_context(ssl, handshake)
+    if ssl_handshake_timeout is None:
+        ssl_handshake_timeout = HANDSHAKE_TIMEOUT
+    _check_positive("ssl_handshake_timeout", ssl_handshake_timeout, "seconds")
+    if ssl_shutdown_timeout is not None:
+        _check_positive("ssl_shutdown_timeout", ssl_shutdown_timeout, "seconds")
     loop = asyncio.get_running_loop()
     listener = Listener(
         loop,
         protocol_factory,
         ssl,
         _STEPS[handshake],
-        _seconds("ssl_handshake_timeout", ssl_handshake_timeout) or HANDSHAKE_TIMEOUT,
-        _seconds("ssl_shutdown_timeout", ssl_shutdown_timeout),
+        ssl_handshake_timeout,
+        ssl_shutdown_timeout,
     )
     server = await loop.create_server(
         lambda: Acceptor(listener), host, port, start_serving=start_serving, **options
@@ -132,8 +139,14 @@ async def start_server(
         options: What else `create_server` takes.
 
     Raises:
+        TypeError: `client_connected_cb` is not callable, or `limit` is no number.
+        ValueError: `limit` is not positive.
         BaseException: What `create_server` raises.
     """
+    _check_callable(
+        "client_connected_cb", client_connected_cb, "client_connected_cb(reader, writer)"
+    )
+    _check_positive("limit", limit, "bytes")
     loop = asyncio.get_running_loop()
 
     def new_protocol() -> asyncio.StreamReaderProtocol:
@@ -189,10 +202,11 @@ class Server(AbstractServer):
             raise RuntimeError(f"{self!r} is already being awaited on serve_forever()")
         if self._listener.is_closed:
             raise RuntimeError(f"{self!r} is closed")
-        await self.start_serving()
-        self._forever = self._listener.loop.create_future()
+        # Before anything that gives way: close() may be called meanwhile, and another task's call.
+        forever = self._forever = self._listener.loop.create_future()
         try:
-            await self._forever
+            await self.start_serving()
+            await forever
         except CancelledError:
             self.close()
             await self.wait_closed()
@@ -227,7 +241,7 @@ class Server(AbstractServer):
 def _check_context(context: ssl_module.SSLContext, handshake: str) -> None:
     if not isinstance(context, ssl_module.SSLContext):
         raise TypeError(f"ssl must be an ssl.SSLContext, got {context!r}")
-    if handshake not in _STEPS:
+    if handshake not in tuple(_STEPS):  # also what has no hash
         known = ", ".join(map(repr, _STEPS))
         raise ValueError(f"handshake must be one of {known}, got {handshake!r}")
     # Raises if this is not for servers.
@@ -236,7 +250,15 @@ def _check_context(context: ssl_module.SSLContext, handshake: str) -> None:
         check_native(context)
 
 
-def _seconds(name: str, seconds: float | None) -> float | None:
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"{name} must be a positive number of seconds, got {seconds!r}")
-    return seconds
+def _check_callable(name: str, func: object, call: str) -> None:
+    if not callable(func):
+        raise TypeError(f"{name} must be callable as {call}, got {func!r}")
+
+
+def _check_positive(name: str, number: float, unit: str) -> None:
+    try:
+        is_positive = number > 0  # nan is not
+    except TypeError:
+        raise TypeError(f"{name} must be a number of {unit}, got {number!r}") from None
+    if not is_positive:
+        raise ValueError(f"{name} must be a positive number of {unit}, got {number!r}")

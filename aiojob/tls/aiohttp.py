@@ -37,6 +37,7 @@ class TLSSite(BaseSite):
 
     Raises:
         RuntimeError: The runner was not set up.
+        TypeError: `runner` is no runner of aiohttp's, or `ssl_context` no `ssl.SSLContext`.
     """
 
     __slots__ = ("_host", "_options", "_port")
@@ -52,6 +53,12 @@ class TLSSite(BaseSite):
         handshake: HandshakeMode = "loop",
         **options: Any,
     ) -> None:
+        if not hasattr(runner, "server"):
+            raise TypeError(
+                f"runner must be an AppRunner or a ServerRunner of aiohttp.web, got {runner!r}"
+            )
+        if not isinstance(ssl_context, ssl.SSLContext):
+            raise TypeError(f"ssl_context must be an ssl.SSLContext, got {ssl_context!r}")
         super().__init__(runner, ssl_context=ssl_context, backlog=backlog)
         self._host = host
         self._port = 8443 if port is None else port
@@ -60,10 +67,7 @@ class TLSSite(BaseSite):
     @property
     def port(self) -> int:
         """The port that is listened on; before the start, the one that was asked for."""
-        if self._server is None:
-            return self._port
-        port: int = self._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-        return port
+        return self._port
 
     @property
     def name(self) -> str:
@@ -87,3 +91,5 @@ class TLSSite(BaseSite):
             backlog=self._backlog,
             **self._options,
         )
+        # Kept: a server that was stopped has no sockets, but the site still has its name.
+        self._port = self._server.sockets[0].getsockname()[1]

@@ -709,3 +709,9 @@ def test_outside_a_handshake_a_callback_raises_its_error() -> None:
 
     with pytest.raises(CannotPauseError):
         tls.sni_callback(waits)(None, None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrap", [tls.sni_callback, tls.psk_server_callback])
+def test_what_cannot_be_called_is_no_callback(wrap: Any) -> None:
+    with pytest.raises(TypeError, match=r"func must be callable, got None: \w+_callback\(func\)"):
+        wrap(None)

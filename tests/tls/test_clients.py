@@ -289,3 +289,27 @@ async def test_s_client_resumes_its_session(
     async with kind.serving(Echo, server_context) as address:
         await in_thread(talk, address, b"New", "-sess_out", session)
         await in_thread(talk, address, b"Reused", "-sess_in", session)
+
+
+async def test_a_site_keeps_its_name_when_it_is_stopped(server_context: ssl.SSLContext) -> None:
+    async with site(Kind("loop"), server_context) as started:
+        name = started.name
+        assert started.port != 0
+        await started.stop()
+        assert started.name == name
+
+
+async def test_a_site_refuses_what_is_no_runner_or_no_context(
+    server_context: ssl.SSLContext,
+) -> None:
+    wrong: Any = None
+    runner = web.AppRunner(web.Application())
+    await runner.setup()
+    try:
+        with pytest.raises(TypeError, match=r"runner must be an AppRunner .*, got None"):
+            TLSSite(wrong, ssl_context=server_context)
+        with pytest.raises(TypeError, match=r"ssl_context must be an ssl.SSLContext, got None"):
+            TLSSite(runner, ssl_context=wrong)
+        assert not runner.sites
+    finally:
+        await runner.cleanup()

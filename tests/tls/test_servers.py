@@ -195,7 +195,10 @@ async def test_a_server_closes_its_clients_where_the_loops_own_can(
         ({"ssl": True}, TypeError, "SSLContext"),
         ({"ssl_handshake_timeout": 0}, ValueError, "ssl_handshake_timeout"),
         ({"ssl_handshake_timeout": -1}, ValueError, "ssl_handshake_timeout"),
+        ({"ssl_handshake_timeout": float("nan")}, ValueError, "ssl_handshake_timeout"),
+        ({"ssl_handshake_timeout": "1"}, TypeError, "ssl_handshake_timeout.*seconds, got '1'"),
         ({"ssl_shutdown_timeout": 0}, ValueError, "ssl_shutdown_timeout"),
+        ({"ssl_shutdown_timeout": "1"}, TypeError, "ssl_shutdown_timeout.*seconds, got '1'"),
         ({"no_such_option": 1}, TypeError, "no_such_option"),
     ],
 )
@@ -224,3 +227,56 @@ async def test_an_unknown_strategy_is_refused(server_context: ssl.SSLContext) ->
 async def test_a_context_for_clients_is_refused(client_context: ssl.SSLContext) -> None:
     with pytest.raises(ssl.SSLError):
         await tls.create_server(Recorder, "127.0.0.1", 0, ssl=client_context)
+
+
+@pytest.mark.parametrize("handshake", [None, 5, ["loop"]])
+async def test_what_is_no_strategy_is_refused(
+    handshake: Any, server_context: ssl.SSLContext
+) -> None:
+    with pytest.raises(ValueError, match=r"must be one of 'loop', 'thread', 'openssl', got"):
+        await tls.create_server(Recorder, "", 0, ssl=server_context, handshake=handshake)
+
+
+async def test_what_would_fail_at_each_connection_is_refused_at_once(
+    server_context: ssl.SSLContext,
+) -> None:
+    wrong: Any = None
+    with pytest.raises(TypeError, match=r"callable as protocol_factory\(\), got None"):
+        await tls.create_server(wrong, "127.0.0.1", 0, ssl=server_context)
+    with pytest.raises(TypeError, match=r"client_connected_cb\(reader, writer\), got None"):
+        await tls.start_server(wrong, "127.0.0.1", 0, ssl=server_context)
+    for limit, error in ((0, ValueError), (-1, ValueError), (None, TypeError), ("1", TypeError)):
+        wrong = limit
+        with pytest.raises(error, match="limit must be"):
+            await tls.start_server(print, "127.0.0.1", 0, ssl=server_context, limit=wrong)
+
+
+class SlowToStart:
+    """A server of the loop's that takes its time, as asyncio's does, to start serving."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    async def start_serving(self) -> None:
+        await self._server.start_serving()
+        await asyncio.sleep(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+
+@ours
+async def test_serve_forever_ends_with_a_server_that_is_closed_as_it_starts(
+    kind: Kind, server_context: ssl.SSLContext
+) -> None:
+    server = await kind.create_server(Echo, server_context, start_serving=False)
+    server._server = SlowToStart(server._server)
+    forever = asyncio.create_task(server.serve_forever())
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="already being awaited"):
+        await server.serve_forever()
+    server.close()
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(asyncio.CancelledError):
+            await forever
+    assert not server.is_serving()
