@@ -582,6 +582,24 @@ def test_wait_future_of_another_threads_loop_works_everywhere(environment: Envir
         loop.close()
 
 
+async def test_cancelled_wait_for_the_future_of_a_loop_that_has_closed_is_cancelled() -> None:
+    other = asyncio.new_event_loop()
+    try:
+        future = other.create_future()
+        runs = offload_async(other.run_forever)
+        while not other.is_running():
+            await asyncio.sleep(0.001)
+        waits = asyncio.create_task(run_job(wait_future, future))
+        await asyncio.sleep(0)
+        other.call_soon_threadsafe(other.stop)
+        await runs
+    finally:
+        other.close()
+    waits.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waits
+
+
 def test_wait_future_of_a_loop_that_nobody_runs_is_an_error() -> None:
     loop = asyncio.new_event_loop()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+from contextlib import suppress
 from typing import Any, TypeVar, overload
 
 from .._errors import CannotPauseError
@@ -81,9 +82,12 @@ def _wait_asyncio(future: asyncio.Future[T]) -> T:
         )
     if not loop.is_running():
         raise RuntimeError(f"wait_future({future!r}): no thread runs its event loop")
-    completion: Completion[None] = Completion(
-        on_cancel=lambda: loop.call_soon_threadsafe(future.cancel)
-    )
+
+    def cancel() -> None:
+        with suppress(RuntimeError):  # the loop is closed by now
+            loop.call_soon_threadsafe(future.cancel)
+
+    completion: Completion[None] = Completion(on_cancel=cancel)
 
     def complete(_: Any) -> None:
         completion.set_result(None)
