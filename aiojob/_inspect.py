@@ -6,7 +6,6 @@ go on meanwhile.
 
 from __future__ import annotations
 
-import reprlib
 import sys
 import traceback
 from math import inf
@@ -24,7 +23,7 @@ from ._fibre import (
     all_pools,
     total_counts,
 )
-from ._job import Job, job_of, name_of, pause_job, pause_nested, pause_to_loop
+from ._job import Job, job_of, name_of, pause_job, pause_nested, pause_to_loop, short_repr
 from ._observe import end_intervals
 from ._run import await_
 from ._stack import stack_of, without_own_frames
@@ -191,7 +190,14 @@ def print_jobs(file: TextIO | None = None) -> None:
 
     Args:
         file: Where to print, `sys.stdout` by default.
+
+    Raises:
+        TypeError: `file` has no ``write`` method.
     """
+    if file is not None and not callable(getattr(file, "write", None)):
+        raise TypeError(
+            f"file must be None or a text file, got {file!r}: print_jobs(), print_jobs(sys.stderr)"
+        )
     end_intervals()
     now = monotonic()
     some = all_pools()
@@ -284,12 +290,8 @@ def _waits_for(fibre: Fibre, stack: list[FrameType]) -> str:
     if frame.f_code is pause_job.__code__:
         return _events(_wait_ctx_of(fibre), fibre.attach is None)
     if frame.f_code is await_.__code__:
-        return _short.repr(frame.f_locals["awaitable"])
+        return short_repr(frame.f_locals["awaitable"])
     return f"what {frame.f_code.co_qualname}() in {frame.f_globals.get('__name__')} awaits"
-
-
-_short: Final = reprlib.Repr()
-_short.maxother = 120
 
 
 def _wait_ctx_of(fibre: Fibre) -> WaitCtx | None:
@@ -305,7 +307,7 @@ def _events(ctx: WaitCtx | None, is_hand_driven: bool) -> str:
     fds = (
         []
         if ctx is None
-        else [f"fd {entry.fd} (key {_short.repr(entry.key)})" for entry in ctx._live()]
+        else [f"fd {entry.fd} (key {short_repr(entry.key)})" for entry in ctx._live()]
     )
     if is_hand_driven:
         if ctx is not None and ctx._callback is not None:

@@ -24,13 +24,24 @@ reference unwinds the job.
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Generic,
+    NamedTuple,
+    NoReturn,
+    ParamSpec,
+    TypeVar,
+    overload,
+)
 from weakref import ref
 
 from ._errors import CannotPauseError, JobError, WrongThreadError
@@ -214,8 +225,17 @@ class Job:
             drop(fibre, self)
 
 
+_short: Final = reprlib.Repr()
+_short.maxother = 120
+
+
+def short_repr(value: object) -> str:
+    """Return a `repr` for somebody who looks at jobs: not a long one, and it does not raise."""
+    return _short.repr(value)
+
+
 def name_of(func: object) -> str:
-    return getattr(func, "__qualname__", None) or repr(func)
+    return getattr(func, "__qualname__", None) or short_repr(func)
 
 
 def new_job(fibre: Fibre, func: Callable[..., Any], wait_ctx: WaitCtx | None) -> Job:

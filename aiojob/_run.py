@@ -379,7 +379,12 @@ def as_coroutine(func: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     'hello, world'
 
     Pauses, cancellation, threads and errors are those of `run_job`.
+
+    Raises:
+        TypeError: `func` is not callable.
     """
+    if not callable(func):
+        raise TypeError(f"func must be callable, got {func!r}: as_coroutine(func)(*args)")
 
     @functools.wraps(func)
     async def coroutine(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -431,6 +436,7 @@ def run(
 
     Raises:
         RuntimeError: An event loop, or a job, is running in this thread.
+        TypeError: `loop_factory` is not callable.
         ValueError: `main` is no coroutine.
     """
 
@@ -445,7 +451,12 @@ def run(
                 "aiojob.run() cannot be called while an event loop runs in this thread: "
                 "await the coroutine instead"
             )
-    except RuntimeError:
+        if loop_factory is not None and not callable(loop_factory):
+            raise TypeError(
+                f"loop_factory must be callable without arguments, got {loop_factory!r}: "
+                "run(main(), loop_factory=uvloop.new_event_loop)"
+            )
+    except (RuntimeError, TypeError):
         if iscoroutine(main):
             main.close()  # or it would warn that it was never awaited
         raise

@@ -17,7 +17,7 @@ from typing import Final, ParamSpec, TypeVar
 from ._errors import JobError
 from ._fibre import pool_of_thread
 from ._job import can_pause, get_wait_ctx, pause_job
-from .engines._completion import Completion
+from .engines._completion import Completion, check_exception
 from .engines._offload import all_workers
 from .engines._pauses import wake_up_of
 
@@ -85,7 +85,8 @@ class DummyEngine:
 
     def _forget(self, completion: Completion[None]) -> None:
         self.cancelled += 1
-        self._held.remove(completion)
+        with suppress(ValueError):  # it is being completed just now
+            self._held.remove(completion)
 
     def _pause(self) -> None:
         wake_up = wake_up_of(get_wait_ctx())
@@ -99,13 +100,35 @@ class DummyEngine:
             wake_up.close()
 
     def complete(self, count: int | None = None) -> None:
-        """Let the oldest held calls go on, all of them by default. Any thread may call this."""
-        for _ in range(len(self._held) if count is None else count):
-            self._held.popleft().set_result(None)
+        """Let the oldest held calls go on, all of them by default. Any thread may call this.
+
+        Raises:
+            JobError: Fewer are held; they still are.
+        """
+        held = len(self._held)
+        if count is None:
+            count = held
+        _check_count("count", count)
+        if count > held:
+            raise JobError(f"complete({count}): {held} call(s) are held, so wait for `pending`")
+        for _ in range(count):
+            self._take().set_result(None)
 
     def fail(self, exception: BaseException) -> None:
-        """Raise an exception in the oldest held call. Any thread may call this."""
-        self._held.popleft().set_exception(exception)
+        """Raise an exception in the oldest held call. Any thread may call this.
+
+        Raises:
+            TypeError: That is no exception.
+            JobError: No call is held.
+        """
+        check_exception(exception)
+        self._take().set_exception(exception)
+
+    def _take(self) -> Completion[None]:
+        try:
+            return self._held.popleft()
+        except IndexError:
+            raise JobError("no call is held: wait for `pending`") from None
 
 
 class Gate:
@@ -162,6 +185,7 @@ class Gate:
         Raises:
             TimeoutError: They did not come within so many seconds.
         """
+        _check_count("count", count)
         arrival: Completion[None] = Completion()
         with self._lock:
             if self._waiting >= count:
@@ -182,6 +206,7 @@ class Barrier:
     """
 
     def __init__(self, parties: int) -> None:
+        _check_count("parties", parties)
         if parties < 1:
             raise ValueError(f"a barrier is for at least one party, got {parties}")
         self._parties = parties
@@ -212,6 +237,11 @@ class Barrier:
                     self._arrived -= 1
             raise
         return number
+
+
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int):
+        raise TypeError(f"{name} must be an int, got {count!r}")
 
 
 _GRACE: Final = 1.0

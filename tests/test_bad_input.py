@@ -7,6 +7,8 @@ import concurrent.futures
 import os
 from collections.abc import Callable
 from fractions import Fraction
+from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import greenlet
@@ -27,8 +29,10 @@ from aiojob import (
     init_thread,
     iterate,
     offload,
+    offload_async,
     pause_blocked,
     pause_job,
+    print_jobs,
     run,
     run_job,
     set_offload_threads,
@@ -153,6 +157,8 @@ CALLS: dict[str, Call] = {
     "as_coroutine": lambda v: as_coroutine(v),
     "run": run,
     "offload": offload,
+    "offload(executor)": lambda v: offload(int, executor=v),
+    "print_jobs(file)": lambda v: print_jobs(v or StringIO()),
     "set_offload_threads": set_offload_threads,
     "sleep": lambda v: sleep(seconds(v)),
     "wait_future": wait_future,
@@ -301,3 +307,72 @@ async def test_coroutines_refuse_wrong_values_as_documented() -> None:
             except OSError:  # the value itself, called
                 assert name == "exception type"
     assert await run_job(await_, asyncio.sleep(0, "works")) == "works"
+
+
+def test_what_is_no_executor_is_named_and_the_way_to_pass_one() -> None:
+    class_of_executors: Any = concurrent.futures.ThreadPoolExecutor
+    not_one: Any = SimpleNamespace(submit="text")
+    executor: Any
+    for executor in (5, class_of_executors, not_one):
+        with pytest.raises(TypeError, match=r"executor must be .*, got .*executor=Thread") as info:
+            offload(int, executor=executor)
+        assert repr(executor) in str(info.value)
+
+
+async def test_offload_async_refuses_what_is_no_executor() -> None:
+    not_one: Any = 5
+    with pytest.raises(TypeError, match=r"executor must be .*, got 5"):
+        offload_async(int, executor=not_one)
+    with pytest.raises(TypeError, match=r"executor must be .*, got 5"):
+        await run_job(offload, int, executor=not_one)
+
+
+async def test_anything_with_submit_is_an_executor() -> None:
+    class InPlace:
+        def submit(self, func: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
+            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            future.set_result(func(*args))
+            return future
+
+    executor: Any = InPlace()
+    assert offload(divmod, 7, 2, executor=executor) == (3, 1)
+    assert await offload_async(divmod, 7, 2, executor=executor) == (3, 1)
+
+
+def test_print_jobs_refuses_what_cannot_be_written_to() -> None:
+    _, job, _ = start_job(None, None, pause_job)
+    not_one: Any = 5
+    with pytest.raises(TypeError, match=r"file must be .*, got 5: print_jobs\(\)"):
+        print_jobs(not_one)
+
+    class Lines(list[str]):
+        write = list.append
+
+    lines: Any = Lines()
+    print_jobs(lines)  # needs no more than that
+    assert lines[0] == "1 job: 0 running, 1 paused"
+    del job
+
+
+def test_an_object_whose_fileno_is_no_fd_is_refused() -> None:
+    text: Any = "text"
+    for fileno in (text, lambda: text, lambda: None):
+        fake: Any = SimpleNamespace(fileno=fileno)
+        for wait in (wait_readable, wait_writable):
+            with pytest.raises(TypeError, match=r"an fd, or an object with fileno\(\), is needed"):
+                wait(fake, 0.001)
+
+
+def test_as_coroutine_refuses_what_cannot_be_called_before_it_is() -> None:
+    not_one: Any = 5
+    with pytest.raises(TypeError, match=r"func must be callable, got 5: as_coroutine\(func\)"):
+        as_coroutine(not_one)
+
+
+def test_run_refuses_a_wrong_loop_factory_and_closes_the_coroutine() -> None:
+    not_one: Any = 5
+    main = asyncio.sleep(0)
+    with pytest.raises(TypeError, match="loop_factory must be callable without arguments, got 5"):
+        run(main, loop_factory=not_one)
+    with pytest.raises(RuntimeError, match="already awaited"):
+        main.send(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import io
 import os
@@ -915,3 +916,24 @@ def test_other_threads_may_look_at_any_moment(debug: bool, loop_factory: LoopFac
             thread.join()
         sys.setswitchinterval(interval)
     assert not faults
+
+
+def test_function_with_a_long_repr_or_none_is_shown_all_the_same() -> None:
+    class Silent:
+        def __call__(self, data: bytes) -> None:
+            pause_job()
+
+        def __repr__(self) -> str:
+            raise ValueError("no repr")
+
+    data = bytes(100_000)
+    _, silent, _ = start_job(None, None, Silent(), data)
+    _, partial, _ = start_job(None, None, functools.partial(Silent.__call__, Silent(), data))
+    _, long, _ = start_job(None, None, functools.partial(lambda data: pause_job(), data))
+    lines = printed().splitlines()
+    assert sum("<Silent instance at 0x" in line for line in lines) == 1
+    assert sum("<partial instance at 0x" in line for line in lines) == 1
+    assert sum("functools.partial(<function" in line for line in lines) == 1
+    assert max(map(len, lines)) < 250
+    assert "<Silent instance at 0x" in repr(silent)
+    del silent, partial, long

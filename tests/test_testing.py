@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from aiojob import (
+    JobError,
     JobStatus,
     await_,
     init_thread,
@@ -167,3 +168,53 @@ def test_nothing_left_finds_an_offloaded_call(monkeypatch: pytest.MonkeyPatch) -
         pass
     gate.open()
     del result
+
+
+def test_dummy_engine_that_is_passed_no_exception_keeps_its_calls() -> None:
+    engine = DummyEngine(hold=True)
+    _, job, _ = start_job(None, None, engine.call, divmod, 7, 2)
+    assert job is not None
+    not_one: Any = OpError
+    with pytest.raises(TypeError, match="an exception is needed"):
+        engine.fail(not_one)
+    assert engine.pending == 1
+    engine.complete()
+    assert start_job(job, None).ret == (3, 1)
+
+
+def test_dummy_engine_completes_no_more_calls_than_it_holds() -> None:
+    engine = DummyEngine(hold=True)
+    _, job, _ = start_job(None, None, engine.call, divmod, 7, 2)
+    assert job is not None
+    with pytest.raises(JobError, match=r"complete\(2\): 1 call"):
+        engine.complete(2)
+    assert engine.pending == 1
+    engine.complete(1)
+    with pytest.raises(JobError, match="no call is held"):
+        engine.fail(OpError())
+    assert start_job(job, None).ret == (3, 1)
+
+
+def test_call_that_is_cancelled_while_it_is_completed_is_only_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its job goes away between the moments when it is taken and when it is completed."""
+    engine = DummyEngine(hold=True)
+    jobs = [start_job(None, None, engine.call, divmod, 7, 2).job]
+    taken = engine._take
+
+    def take() -> Any:
+        completion = taken()
+        jobs.clear()
+        return completion
+
+    monkeypatch.setattr(engine, "_take", take)
+    engine.complete()
+    assert (engine.cancelled, engine.pending) == (1, 0)
+
+
+def test_counts_that_are_none_are_refused() -> None:
+    count: Any = 1.5
+    for call in (Barrier, Gate().reached, DummyEngine().complete):
+        with pytest.raises(TypeError, match=r"must be an int, got 1\.5"):
+            call(count)

@@ -11,7 +11,7 @@ from .._errors import JobError
 from .._job import can_pause, get_wait_ctx, pause_job
 from ._pauses import Alarm, WakeUp, alarm_of, check_seconds, wake_up_of
 
-__all__ = ["Completion"]
+__all__ = ["Completion", "check_exception"]
 
 T = TypeVar("T")
 
@@ -81,8 +81,7 @@ class Completion(Generic[T]):
             TypeError: That is no exception.
             JobError: It has ended already; its outcome stays.
         """
-        if not isinstance(exception, BaseException):
-            raise TypeError(f"an exception is needed, such as OSError(), got {exception!r}")
+        check_exception(exception)
         self._complete((None, exception))
 
     def _complete(self, outcome: tuple[T, None] | tuple[None, BaseException]) -> None:
@@ -155,6 +154,12 @@ class Completion(Generic[T]):
                 raise _too_late(timeout)
         finally:
             self._wakes.remove(lock.release)
+
+
+def check_exception(exception: BaseException) -> None:
+    """Raise an error unless this is an exception."""
+    if not isinstance(exception, BaseException):
+        raise TypeError(f"an exception is needed, such as OSError(), got {exception!r}")
 
 
 def _too_late(timeout: float | None) -> TimeoutError:

@@ -91,10 +91,11 @@ def _wait(fd: int | HasFileno, event: int, timeout: float | None) -> None:
 def _number_of(fd: int | HasFileno) -> int:
     if isinstance(fd, int) and not isinstance(fd, bool):
         return fd
-    try:
-        return fd.fileno()  # type: ignore[union-attr]
-    except AttributeError:
-        raise TypeError(f"an fd, or an object with fileno(), is needed, got {fd!r}") from None
+    fileno = getattr(fd, "fileno", None)
+    number = fileno() if callable(fileno) else None
+    if not isinstance(number, int):
+        raise TypeError(f"an fd, or an object with fileno(), is needed, got {fd!r}")
+    return number
 
 
 _NAMES: Final = {EVENT_READ: "readable", EVENT_WRITE: "writable"}

@@ -63,6 +63,7 @@ def offload(  # type: ignore[misc]
     Raises:
         BaseException: What the function raises.
         RuntimeError: No thread can be started, or the executor was shut down.
+        TypeError: `executor` is neither None nor an executor.
     """
     if executor is not None:
         return wait_future(_submit(executor, func, args, kwargs))
@@ -120,6 +121,7 @@ def offload_async(  # type: ignore[misc]
     Raises:
         RuntimeError: No event loop is running here, no thread can be started, or the executor
             was shut down. As from any future, a `StopIteration` comes as a `RuntimeError`.
+        TypeError: `executor` is neither None nor an executor.
     """
     if executor is not None:
         future = get_running_loop().create_future()
@@ -281,6 +283,11 @@ def _tell(tell: Callable[[Any], object], outcome: Any) -> None:
 def _submit(
     executor: Executor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> concurrent.futures.Future[Any]:
+    if isinstance(executor, type) or not callable(getattr(executor, "submit", None)):
+        raise TypeError(
+            f"executor must be None or an executor of concurrent.futures, got {executor!r}: "
+            "offload(func, *args, executor=ThreadPoolExecutor())"
+        )
     if _runs_in_threads(executor):
         return executor.submit(copy_context().run, func, *args, **kwargs)
     if kwargs:  # some executors, Dask's for one, take keyword arguments for themselves
