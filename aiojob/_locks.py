@@ -21,7 +21,6 @@ import threading
 import traceback
 from functools import lru_cache
 from itertools import islice
-from tokenize import TokenError
 from types import CodeType, FrameType, MemberDescriptorType
 from typing import Any, Final
 
@@ -103,8 +102,8 @@ def _with_statements(code: CodeType, filename: str) -> list[ast.With]:
         tree = ast.parse(
             "if True:\n" + "".join(block) if block[0][:1].isspace() else "\n" + "".join(block)
         )
-    except (IndexError, SyntaxError, TokenError):
-        return []  # no source, or another one
+    except Exception:
+        return []  # no source, or another one: a file that was changed may hold anything
     ast.increment_lineno(tree, code.co_firstlineno - 2)
     return [node for node in ast.walk(tree) if isinstance(node, ast.With)]
 

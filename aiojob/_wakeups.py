@@ -249,8 +249,9 @@ class Hub:
     def post(self, callback: Callable[[Any], object], arg: Any) -> None:
         """Call ``callback(arg)`` in the loop's thread; calls that come together share a wake-up.
 
-        The callback ends somebody's wait. It may raise no more than `InvalidStateError`: the
-        future that it sets is done, and nobody waits any more.
+        The callback ends somebody's wait. It should raise no more than `InvalidStateError`: the
+        future that it sets is done, and nobody waits any more. What else it raises goes to the
+        loop's exception handler.
 
         Append, then test the flag; the drain clears the flag, then delivers until the deque is
         empty. If the flag were tested first, the drain could empty the deque between the test
@@ -300,6 +301,9 @@ class Hub:
                     callback(arg)
                 except InvalidStateError:
                     logger.debug("a job or a coroutine was woken that does not wait any more")
+                except Exception:
+                    posted.popleft()  # or it would hold up the others for ever
+                    raise
                 posted.popleft()  # only now, lest an interrupt loses it
         finally:  # a KeyboardInterrupt leaves the others to the loop's next run
             if posted:

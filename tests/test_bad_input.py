@@ -376,3 +376,39 @@ def test_run_refuses_a_wrong_loop_factory_and_closes_the_coroutine() -> None:
         run(main, loop_factory=not_one)
     with pytest.raises(RuntimeError, match="already awaited"):
         main.send(None)
+
+
+class Submitting:
+    """Something with a `submit` method, that returns what it is told to."""
+
+    def __init__(self, returned: Any) -> None:
+        self._returned = returned
+
+    def submit(self, func: Callable[..., Any], *args: Any) -> Any:
+        return self._returned
+
+
+async def test_executor_that_returns_no_future_is_refused() -> None:
+    executor: Any = Submitting(None)
+    for call in (offload, offload_async):
+        with pytest.raises(TypeError, match=r"submit\(\) must return a future .*, got None"):
+            call(int, executor=executor)
+
+
+async def test_executor_whose_future_fails_as_none_may_holds_up_no_other() -> None:
+    class Odd(concurrent.futures.Future[Any]):
+        def exception(self, timeout: float | None = None) -> Any:
+            return "text"
+
+    seen: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context))
+    future = Odd()
+    future.set_result(None)
+    executor: Any = Submitting(future)
+    odd = offload_async(int, executor=executor)
+    async with asyncio.timeout(20):
+        assert await offload_async(divmod, 7, 2) == (3, 1)
+    assert not odd.done()
+    odd.cancel()
+    (context,) = seen
+    assert isinstance(context["exception"], TypeError)

@@ -249,6 +249,7 @@ def work():
         (["def work(:\n"] * 4, 0),
         (["(\n"] * 4, 0),
         (["\n"] * 4, 0),
+        (["\n", "def work():\n", "    with LOCK:\n", "        pa\0use()\n", "#\n"], 0),
         (SOURCE.splitlines(keepends=True), 1),
     ],
 )

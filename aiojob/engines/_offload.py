@@ -86,6 +86,7 @@ def offload_beneath(func: Callable[[], T], /) -> T:
 
     It has workers of its own, or as many such functions as there are workers would wait for ever.
     """
+    # The lines of `offload`: a frame that both share would cost that one half a per cent.
     loop = get_running_loop()
     future: Future[Any] = Future(loop=loop)
     call = _JobCall(func, (), {}, future, hub_of(loop).post)
@@ -292,7 +293,13 @@ def _submit(
         return executor.submit(copy_context().run, func, *args, **kwargs)
     if kwargs:  # some executors, Dask's for one, take keyword arguments for themselves
         func = partial(func, **kwargs)
-    return executor.submit(func, *args)
+    future = executor.submit(func, *args)
+    if not hasattr(future, "add_done_callback"):
+        raise TypeError(
+            f"{executor!r}.submit() must return a future of concurrent.futures, got {future!r}: "
+            "the function was submitted, but nobody can wait for it"
+        )
+    return future
 
 
 def _runs_in_threads(executor: Executor) -> bool:
