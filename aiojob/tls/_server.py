@@ -202,7 +202,7 @@ class Server(AbstractServer):
             raise RuntimeError(f"{self!r} is already being awaited on serve_forever()")
         if self._listener.is_closed:
             raise RuntimeError(f"{self!r} is closed")
-        # Before anything that gives way: close() may be called meanwhile, and another task's call.
+        # Before start_serving() gives way: close() may be called then, or this in another task.
         forever = self._forever = self._listener.loop.create_future()
         try:
             await self.start_serving()

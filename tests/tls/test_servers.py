@@ -280,3 +280,11 @@ async def test_serve_forever_ends_with_a_server_that_is_closed_as_it_starts(
         with pytest.raises(asyncio.CancelledError):
             await forever
     assert not server.is_serving()
+
+
+@ours
+async def test_no_timeout_is_the_default_one(kind: Kind, server_context: ssl.SSLContext) -> None:
+    server = await kind.create_server(Echo, server_context, ssl_handshake_timeout=None)
+    assert server._listener.handshake_timeout == 60
+    server.close()
+    await server.wait_closed()
