@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +96,4 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kin
 @pytest.fixture
 async def loop_errors() -> LoopErrors:
     """Collect what the loop's exception handler gets, for a test that expects something."""
-    errors = LoopErrors()
-    asyncio.get_running_loop().set_exception_handler(errors)
-    return errors
+    return LoopErrors()

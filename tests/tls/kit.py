@@ -16,12 +16,13 @@ from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from aiojob import tls
 from aiojob.testing import open_fds
+from aiojob.tls._acceptor import Acceptor
 
 T = TypeVar("T")
 Address: TypeAlias = tuple[str, int]
 
 MORE: Final = getattr(socket, "MSG_MORE", 0)
-PATIENCE: Final = 30.0
+PATIENCE: Final = 60.0
 """Seconds after which a test is taken to hang."""
 
 
@@ -90,6 +91,22 @@ def address_of(server: Any) -> Address:
     return host, port
 
 
+def acceptors(server: tls.Server) -> list[Acceptor]:
+    """Return the connections whose handshakes are under way."""
+    return list(server._listener.acceptors)
+
+
+def is_limited(acceptor: Acceptor) -> bool:
+    """Whether a connection has a limited time to go on."""
+    return acceptor._timer is not None and not acceptor._timer.cancelled()
+
+
+def time_out(acceptor: Acceptor) -> None:
+    """Have the time of a connection be over, at a moment that the test knows."""
+    assert is_limited(acceptor)
+    acceptor._time_out()
+
+
 def sockets() -> set[int]:
     """Return the numbers of the process's open sockets."""
     return {fd for fd in open_fds() if stat.S_ISSOCK(os.fstat(fd).st_mode)}
@@ -107,9 +124,12 @@ def case(*what: object) -> Iterator[None]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop go on until the condition holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.001)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while not condition():
+                await asyncio.sleep(0.001)
+    except TimeoutError:
+        raise AssertionError("this was waited for in vain") from None
 
 
 async def in_thread(func: Callable[..., T], *args: Any) -> T:
@@ -149,7 +169,7 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         self.sock.close()
 
-    async def connect(self, address: Address) -> Client:
+    async def connect(self, address: Address) -> Self:
         loop = asyncio.get_running_loop()
         await within_patience(loop.sock_connect(self.sock, address))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -218,9 +238,8 @@ class Client:
         if self.outgoing.pending:
             await self.send(self.outgoing.read())
 
-    async def handshake(self) -> Client:
+    async def handshake(self) -> None:
         await self.do(self.tls.do_handshake)
-        return self
 
     async def write(self, data: bytes) -> None:
         await self.do(self.tls.write, data)
@@ -252,6 +271,13 @@ class Client:
         """Check that the server sends back what it gets."""
         await self.write(data)
         assert await self.read_exactly(len(data)) == data
+
+    @property
+    def name_shown(self) -> str:
+        """The name in the certificate that the server has shown."""
+        certificate: Any = self.tls.getpeercert()
+        ((_, name),) = certificate["subjectAltName"]
+        return str(name)
 
 
 class Recording:
@@ -330,13 +356,14 @@ class Echo(Recorder):
         self.transport.write(data)
 
 
-@dataclass
 class LoopErrors:
-    """What was passed to the loop's exception handler."""
+    """What the running loop's exception handler is called with, instead of the default."""
 
-    contexts: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.contexts: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(self._add)
 
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def _add(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.contexts.append(context)
 
     @property

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import _ssl
-import asyncio
 import ctypes
 import subprocess
 import time
-from collections.abc import Callable
 from ctypes import POINTER, Structure, byref, c_int, c_uint, c_void_p
 from pathlib import Path
 from typing import Final
 
 from support import unavailable
+
+from tls.kit import PATIENCE, until
 
 SOURCE: Final = Path(__file__).with_name("async_engine.c")
 
@@ -86,7 +86,7 @@ class NativeEngine:
     def finish(self) -> None:
         """Release the engine and block until nothing is under way."""
         self.release()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while self.counts.in_flight:
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -119,9 +119,3 @@ class NativeEngine:
     async def reached(self, count: int) -> None:
         """Wait until so many operations are under way."""
         await until(lambda: self.counts.in_flight >= count)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import ssl
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from aiojob import CannotPauseError, await_, offload, sleep, tls
+from aiojob.tls._acceptor import READ_SIZE, RECEIVED_LIMIT
 from tls.conftest import NAMES, Certificates
 from tls.kit import (
     HANDOVERS,
@@ -25,9 +27,11 @@ from tls.kit import (
     LoopErrors,
     Recorder,
     Recorders,
+    acceptors,
     address_of,
     case,
     sockets,
+    time_out,
     until,
 )
 
@@ -44,13 +48,6 @@ def contexts(certificates: Certificates) -> Contexts:
         None: certificates.server_context(),
         **{name: certificates.server_context(name) for name in NAMES},
     }
-
-
-def name_shown(client: Client) -> Any:
-    """Return the name in the certificate that the server has shown."""
-    certificate: Any = client.tls.getpeercert()
-    ((_, name),) = certificate["subjectAltName"]
-    return name
 
 
 # -- what a callback chooses
@@ -93,7 +90,7 @@ async def test_a_callback_chooses_the_certificate_that_is_shown(
                     await client.connect(address)
                     await client.handshake()
                     assert client.tls.version() == version
-                    assert name_shown(client) == name
+                    assert client.name_shown == name
                     await client.echo()
                     info = recorders.made[-1].transport.get_extra_info
                     assert info("ssl_object").context is contexts[name]
@@ -112,7 +109,7 @@ async def test_a_callback_of_a_plain_function_works_on_every_server(
     ):
         await client.connect(address)
         await client.handshake()
-        assert name_shown(client) == "b.example"
+        assert client.name_shown == "b.example"
         await client.echo()
 
 
@@ -133,7 +130,7 @@ async def test_a_callback_is_called_with_the_connection_the_name_and_the_servers
             async with Client(client_context, name) as client:
                 await client.connect(address)
                 await client.handshake()
-                assert name_shown(client) == "localhost"
+                assert client.name_shown == "localhost"
                 await client.echo()
                 ssl_object = recorders.made[-1].transport.get_extra_info("ssl_object")
                 loop = asyncio.get_running_loop()
@@ -207,7 +204,7 @@ async def test_connections_that_wait_side_by_side_never_get_each_others_certific
         async with Client(client_context, name) as client:
             await client.connect(address)
             await client.handshake()
-            assert name_shown(client) == name
+            assert client.name_shown == name
             await client.echo(name.encode() * 100)
 
     server_context = contexts["localhost"]
@@ -236,7 +233,7 @@ async def test_connections_in_several_threads_never_get_each_others_certificates
         async with Client(client_context, name) as client:
             await client.connect(address)
             await client.handshake()
-            assert name_shown(client) == name
+            assert client.name_shown == name
             await client.echo(name.encode() * 100)
 
     async with kind.serving(Echo, server_context, backlog=100) as address:
@@ -463,11 +460,11 @@ async def test_a_callback_is_cancelled_when_its_time_is_over(
     waiting = Waiting(swallow=swallow)
     server_context.sni_callback = tls.sni_callback(waiting)
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context, ssl_handshake_timeout=0.1) as address,
-        Client(client_context) as client,
-    ):
-        await paused_in_callback(address, client, waiting)
+    server = await kind.create_server(recorders, server_context)
+    async with server, Client(client_context) as client:
+        await paused_in_callback(address_of(server), client, waiting)
+        (acceptor,) = acceptors(server)
+        time_out(acceptor)
         await client.end_of_stream()
         await waiting.end()
     assert waiting.events == ["called", "cancelled", "ended"]
@@ -526,12 +523,19 @@ async def test_a_client_gets_no_memory_for_what_it_sends_while_a_callback_waits(
     """Its junk fills the buffers of the system, and then it has to wait."""
     waiting = Waiting()
     server_context.sni_callback = tls.sni_callback(waiting)
-    async with kind.serving(Recorder, server_context) as address, Client(client_context) as client:
-        await paused_in_callback(address, client, waiting)
+    server = await kind.create_server(Recorder, server_context)
+    async with server, Client(client_context) as client:
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50_000)
+        await paused_in_callback(address_of(server), client, waiting)
+        (acceptor,) = acceptors(server)
         sending = asyncio.create_task(client.send(bytes(30_000_000)))
-        _, pending = await asyncio.wait([sending], timeout=0.1)
+        await until(lambda: len(acceptor._received) > RECEIVED_LIMIT)
+        assert not acceptor._transport.is_reading()
+        _, pending = await asyncio.wait([sending], timeout=0.05)
         assert pending
+        assert len(acceptor._received) <= RECEIVED_LIMIT + READ_SIZE
         sending.cancel()
+        time_out(acceptor)  # nobody reads its socket
     await waiting.end()
 
 
@@ -696,7 +700,7 @@ async def test_a_callback_may_return_anything_that_can_be_awaited(
     ):
         await client.connect(address)
         await client.handshake()
-        assert name_shown(client) == "a.example"
+        assert client.name_shown == "a.example"
 
 
 def test_outside_a_handshake_a_callback_raises_its_error() -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiojob import tls
-from tls.hostile import MODES, Address, Echo, LoopErrors, client_hello, server_context, until
+from tls.hostile import MODES, Echo, client_hello, server_context
+from tls.kit import Address, LoopErrors, until
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of what it imports

@@ -25,8 +25,10 @@ from tls.kit import (
     LoopErrors,
     Recorder,
     Recorders,
+    acceptors,
     address_of,
     case,
+    is_limited,
     sockets,
     until,
 )
@@ -325,20 +327,21 @@ async def test_a_peer_that_is_slow_on_purpose_gets_no_more_time(
     assert not recorders.made
 
 
-@pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
-@pytest.mark.parametrize("kind", ["loop-rebind"], indirect=True)
+@pytest.mark.parametrize("kind", AIOJOB_STRATEGIES, indirect=True)
 async def test_the_time_for_the_handshake_is_no_limit_for_the_connection(
     kind: Kind, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
-    async with (
-        kind.serving(Echo, server_context, ssl_handshake_timeout=1) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    server = await kind.create_server(Echo, server_context)
+    async with server, Client(client_context) as client:
+        await client.connect(address_of(server))
+        await until(lambda: server.handshakes)
+        (acceptor,) = acceptors(server)
+        assert is_limited(acceptor)
         await client.handshake()
         await client.echo()
-        await asyncio.sleep(1.1)
-        await client.echo()
+        assert not is_limited(acceptor)
+        await client.send(client.close_notify())
+        await client.end_of_stream()
 
 
 # -- the server closes
@@ -429,9 +432,7 @@ async def test_what_is_written_before_the_clients_close_notify_is_answered_to(
         await client.send(client.sealed(data) + client.close_notify())
         assert await client.read_exactly(len(data)) == data
         with pytest.raises(ssl.SSLZeroReturnError):
-            client.tls.unwrap()
-            await client.receive()
-            client.tls.read()
+            await client.read()
 
 
 class Farewell(Recorder):
@@ -549,12 +550,11 @@ async def test_a_connection_made_that_raises_is_reported_and_the_connection_ende
     client_context: ssl.SSLContext,
 ) -> None:
     recorders = Recorders(Broken)
-    errors = LoopErrors()
     async with (
         kind.serving(recorders, server_context) as address,
         Client(client_context) as client,
     ):
-        asyncio.get_running_loop().set_exception_handler(errors)
+        errors = LoopErrors()
         await client.connect(address)
         flight = await client.last_flight()
         await client.send(flight + (client.sealed(b"early") if early else b""))
@@ -580,12 +580,11 @@ async def test_a_data_received_that_raises_is_reported_and_the_connection_ended(
     client_context: ssl.SSLContext,
 ) -> None:
     recorders = Recorders(BrokenLater)
-    errors = LoopErrors()
     async with (
         kind.serving(recorders, server_context) as address,
         Client(client_context) as client,
     ):
-        asyncio.get_running_loop().set_exception_handler(errors)
+        errors = LoopErrors()
         await client.connect(address)
         flight = await client.last_flight()
         if early:

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -18,17 +19,14 @@ from aiojob.tls import _acceptor
 from aiojob.tls._acceptor import READ_SIZE, RECEIVED_LIMIT
 from aiojob.tls._handshake import Handshake
 from tls.hostile import (
-    Client,
-    acceptors,
-    address_of,
     client_context,
     client_hello,
     connect,
     reset,
     server_context,
     serving,
-    until,
 )
+from tls.kit import Client, acceptors, address_of, sockets, time_out, until
 
 
 class Watched:
@@ -78,7 +76,7 @@ async def its_task_is_cancelled(server: tls.Server, client: socket.socket) -> No
 
 async def the_time_is_over(server: tls.Server, client: socket.socket) -> None:
     (acceptor,) = acceptors(server)
-    acceptor._time_out()
+    time_out(acceptor)
 
 
 async def the_peer_resets(server: tls.Server, client: socket.socket) -> None:
@@ -87,6 +85,11 @@ async def the_peer_resets(server: tls.Server, client: socket.socket) -> None:
 
 async def the_peer_leaves(server: tls.Server, client: socket.socket) -> None:
     client.close()
+
+
+async def the_peer_sends_no_more(server: tls.Server, client: socket.socket) -> None:
+    client.shutdown(socket.SHUT_WR)
+    assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
 
 
 async def junk_and_a_reset(server: tls.Server, client: socket.socket) -> None:
@@ -102,7 +105,7 @@ async def junk_and_a_reset(server: tls.Server, client: socket.socket) -> None:
     assert len(acceptor._received) <= RECEIVED_LIMIT + READ_SIZE
     sending.cancel()
     await asyncio.wait([sending])
-    acceptor._time_out()  # its socket is not read: nobody would learn of a reset
+    time_out(acceptor)  # its socket is not read: nobody would learn of a reset
 
 
 Event = Callable[[tls.Server, socket.socket], Awaitable[None]]
@@ -116,19 +119,24 @@ Event = Callable[[tls.Server, socket.socket], Awaitable[None]]
         the_time_is_over,
         the_peer_resets,
         the_peer_leaves,
+        the_peer_sends_no_more,
         junk_and_a_reset,
     ],
 )
 async def test_nobody_touches_a_step_in_flight_when(event: Event, uses: list[str]) -> None:
+    """Its connection is given up at once, whatever its worker does."""
     gate = Gate()
     context = server_context()
     context.sni_callback = tls.sni_callback(lambda *_: gate.wait())
     async with serving(context, "thread") as server:
+        before = sockets()
         with await connect(address_of(server)) as client:
             client.send(client_hello())
             await aiojob.run_job(gate.reached)
             await event(server, client)
             await until(lambda: not server.handshakes)
+            await until(lambda: sockets() <= before | {client.fileno()})
+            assert gate.waiting
             assert uses == []
             gate.open()
 
@@ -136,6 +144,7 @@ async def test_nobody_touches_a_step_in_flight_when(event: Event, uses: list[str
 async def test_what_comes_while_a_step_is_in_flight_waits_for_its_turn(uses: list[str]) -> None:
     """The second half of the first flight, byte by byte, while the first half is worked on."""
     gate = Gate()
+    loop = asyncio.get_running_loop()
     entered: list[bool] = []
     context = server_context()
     do_handshake = context.sslobject_class.do_handshake
@@ -153,27 +162,28 @@ async def test_what_comes_while_a_step_is_in_flight_waits_for_its_turn(uses: lis
             await aiojob.run_job(gate.reached)
             (acceptor,) = acceptors(server)
             for i in range(100, len(hello)):
-                client.send(hello[i : i + 1])
+                await loop.sock_sendall(client, hello[i : i + 1])
             await until(lambda: len(acceptor._received) == len(hello) - 100)
             assert uses == []
             gate.open()
-            answer = await asyncio.get_running_loop().sock_recv(client, 1)
+            answer = await loop.sock_recv(client, 1)
             assert answer == b"\x16"  # a handshake record: the server's hello
             assert len(entered) == 2
             reset(client)
 
 
-async def test_a_handshake_that_was_held_up_is_completed_afterwards() -> None:
+async def test_the_loop_serves_others_while_steps_are_in_flight() -> None:
     gate = Gate()
     context = server_context()
     context.sni_callback = tls.sni_callback(lambda *_: gate.wait())
-    async with (
-        serving(context, "thread") as server,
-        await Client(client_context()).connect(address_of(server)) as client,
-    ):
-        handshake = asyncio.ensure_future(client.handshake())
-        await aiojob.run_job(gate.reached)
-        await asyncio.sleep(0)
+    count = 5
+    async with serving(context, "thread") as server, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(Client(client_context())) for _ in range(count)]
+        for client in clients:
+            await client.connect(address_of(server))
+            await client.send(client.flight())
+        await aiojob.run_job(gate.reached, count)
         gate.open()
-        await handshake
-        assert await client.exchange(b"ping") == b"ping"
+        for client in clients:
+            await client.handshake()
+            await client.echo()

@@ -29,7 +29,8 @@ from aiojob.tls._native import (
     resume_abandoned,
 )
 from tls.conftest import Certificates
-from tls.native_engine import NativeEngine, until
+from tls.kit import until
+from tls.native_engine import NativeEngine
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 

@@ -19,7 +19,8 @@ from aiojob import LibsslUnavailableError, tls
 from aiojob.tls._acceptor import RECEIVED_LIMIT
 from aiojob.tls._native import NativeSteps, abandoned
 from tls.conftest import Certificates
-from tls.native_engine import NativeEngine, until
+from tls.kit import acceptors, time_out, until
+from tls.native_engine import NativeEngine
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -112,7 +113,8 @@ def shut_down(sock: socket.socket, server: tls.Server) -> None:
 
 
 def wait(sock: socket.socket, server: tls.Server) -> None:
-    """Leave it to the server's timeout."""
+    (acceptor,) = acceptors(server)
+    time_out(acceptor)
 
 
 def close_server(sock: socket.socket, server: tls.Server) -> None:
@@ -126,9 +128,8 @@ async def test_native_job_ends_though_its_connection_has(
     client_context: ssl.SSLContext,
     leave: Callable[[socket.socket, tls.Server], None],
 ) -> None:
-    timeout = 0.5 if leave is wait else 60
     engine.hold()
-    async with serving(server_context, ssl_handshake_timeout=timeout) as server:
+    async with serving(server_context) as server:
         with client_in_mid_handshake(server, client_context) as sock:
             await engine.reached(1)
             leave(sock, server)
@@ -219,7 +220,7 @@ async def test_junk_behind_a_client_hello_fails_after_the_native_job(
             await engine.reached(1)
             loop = asyncio.get_running_loop()
             junk = asyncio.create_task(loop.sock_sendall(sock, bytes(300_000)))
-            (acceptor,) = server._listener.acceptors
+            (acceptor,) = acceptors(server)
             await until(lambda: len(acceptor._received) > RECEIVED_LIMIT)
             assert server.handshakes == 1
             engine.release()
