@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 import uvloop
 from support import unavailable
-from tls.native_engine import NativeEngine, load
+from tls.native_engine import NativeEngine, build, load
 
 import aiojob
 from aiojob import _fibre
@@ -116,14 +115,14 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def engine_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load(tmp_path_factory.mktemp("engine"))
+def engine_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture
-def engine(engine_library: ctypes.CDLL) -> Iterator[NativeEngine]:
+def engine(engine_path: Path) -> Iterator[NativeEngine]:
     """An engine of OpenSSL's that pauses its jobs; it must have lost none when the test ends."""
-    engine = NativeEngine(engine_library)
+    engine = NativeEngine(load(engine_path))
     engine.install()
     yield engine
     engine.uninstall()

@@ -9,6 +9,7 @@ aiojob's there were.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 import unittest
@@ -20,6 +21,8 @@ import uvloop
 
 from aiojob import tls
 
+PATIENCE = 60.0
+"""Seconds that their clients wait, whatever else the machine does."""
 KINDS = {
     "plain": None,
     "loop-rebind": ("loop", True),
@@ -80,6 +83,8 @@ class Outcomes(unittest.TestResult):
 
 
 def cases(loop: str) -> unittest.TestSuite:
+    support: Any = importlib.import_module("test.support")
+    support.LOOPBACK_TIMEOUT = support.SHORT_TIMEOUT = PATIENCE  # for the modules that are loaded
     loader = unittest.TestLoader()
     loader.testNamePatterns = [f"*.{name}*" for name in NAMES]
     return loader.loadTestsFromNames(CASES[loop])

@@ -33,8 +33,8 @@ class Counts(Structure):
     ]
 
 
-def load(directory: Path) -> ctypes.CDLL:
-    """Compile the engine and load it, or skip the test."""
+def build(directory: Path) -> Path:
+    """Compile the engine, or skip the test; return its library."""
     path = directory / "async_engine.so"
     command = ["cc", "-shared", "-fPIC", "-o", str(path), str(SOURCE), "-lcrypto", "-lpthread"]
     try:
@@ -43,6 +43,11 @@ def load(directory: Path) -> ctypes.CDLL:
         unavailable("needs a C compiler: cc was not found")
     except subprocess.CalledProcessError as error:
         unavailable(f"the engine could not be compiled (OpenSSL's headers?): {error.stderr}")
+    return path
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load the engine, or skip the test."""
     library = ctypes.CDLL(str(path))
     if _libcrypto_of(library) != _libcrypto_of(ctypes.CDLL(_ssl.__file__)):
         unavailable("cc links to another libcrypto than Python uses")

@@ -20,6 +20,9 @@ import aiojob
 from tls import cpython_suite
 
 LOOPS = ["asyncio", "uvloop"]
+SECONDS = 240
+"""For all that runs in one subprocess; it takes some ten."""
+pytestmark = pytest.mark.timeout(2 * SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if importlib.util.find_spec("test.test_asyncio") is None:
         unavailable("Python was installed without its tests")
     tmp = tmp_path_factory.mktemp("cpython-suite")
-    env = os.environ | {"PYTHONPATH": str(Path(aiojob.__file__).parents[1])}
+    env = os.environ | {
+        "PYTHONPATH": str(Path(aiojob.__file__).parents[1]),
+        "PYTHONDEVMODE": "",  # asyncio's debug mode only makes them slow
+    }
     processes = {
         loop: subprocess.Popen(
             [sys.executable, "-W", "ignore", cpython_suite.__file__, loop, f"{tmp / loop}.json"],
@@ -43,7 +49,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     reports = {}
     try:
         for loop, process in processes.items():
-            output, _ = process.communicate(timeout=100)
+            output, _ = process.communicate(timeout=SECONDS)
             assert process.returncode == 0, output
             reports[loop] = json.loads((tmp / f"{loop}.json").read_text())
     finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import without_slow_steps
 
 from aiojob import CannotPauseError, LibsslUnavailableError, WaitFdError, cleanup_thread, run_job
 from aiojob.tls import _native
@@ -29,7 +30,7 @@ from aiojob.tls._native import (
     resume_abandoned,
 )
 from tls.conftest import Certificates
-from tls.kit import until
+from tls.kit import PATIENCE, until
 from tls.native_engine import NativeEngine
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -480,27 +481,26 @@ EXIT = """
 import asyncio, ssl, sys
 from pathlib import Path
 
-import trustme
 import uvloop
 
-sys.path.insert(0, sys.argv[1])
+tests, library, certificate, authority, loop, state = sys.argv[1:]
+sys.path.insert(0, tests)
 from tls.native_engine import NativeEngine, load
 from tls.test_native import Pair, give_up, pause_in_engine
 
 async def main():
     pair = Pair(server_context, client_context)
     task = await pause_in_engine(engine, pair)
-    if sys.argv[4] == "abandoned":
+    if state == "abandoned":
         await give_up(task, pair)
 
-engine = NativeEngine(load(Path(sys.argv[2])))
+engine = NativeEngine(load(Path(library)))
 engine.install()
-authority = trustme.CA()
 server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-authority.issue_cert("localhost", key_type=trustme.KeyType.RSA).configure_cert(server_context)
+server_context.load_cert_chain(certificate)
 client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-authority.configure_trust(client_context)
-factory = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[sys.argv[3]]
+client_context.load_verify_locations(authority)
+factory = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[loop]
 with asyncio.Runner(loop_factory=factory) as runner:
     runner.run(main())
 print(engine.counts.in_flight)
@@ -510,16 +510,19 @@ print(engine.counts.in_flight)
 @pytest.mark.parametrize("state", ["paused", "abandoned"])
 @pytest.mark.parametrize("loop_name", ["asyncio", "uvloop"])
 def test_exit_with_a_native_job_under_way_is_silent(
-    tmp_path: Path, loop_name: str, state: str
+    engine_path: Path, certificates: Certificates, tmp_path: Path, loop_name: str, state: str
 ) -> None:
     tests = Path(__file__).parents[1]
+    certificate = tmp_path / "certificate.pem"
+    certificates.rsa.private_key_and_cert_chain_pem.write_to_path(certificate)
+    files = [tests, engine_path, certificate, certificates.authority_file]
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", EXIT, tests, tmp_path, loop_name, state],
+        [sys.executable, "-X", "dev", "-W", "error", "-c", EXIT, *files, loop_name, state],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
-    assert done.stderr == ""
+    assert without_slow_steps(done.stderr) == ""
     assert done.stdout == "1\n"
     assert done.returncode == 0
 
