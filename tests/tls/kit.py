@@ -68,6 +68,28 @@ class Kind:
             server.close()
         await until(lambda: sockets() <= before)
 
+    @asynccontextmanager
+    async def connected(
+        self,
+        factory: Callable[[], asyncio.BaseProtocol],
+        context: ssl.SSLContext,
+        client_context: ssl.SSLContext,
+        **options: Any,
+    ) -> AsyncIterator[Client]:
+        """Serve a client for the length of the block, which has said nothing yet."""
+        async with (
+            self.serving(factory, context, **options) as address,
+            Client(client_context) as client,
+        ):
+            yield await client.connect(address)
+
+    @asynccontextmanager
+    async def client(self, *args: Any, **options: Any) -> AsyncIterator[Client]:
+        """Serve a client as `connected` does; its handshake is complete."""
+        async with self.connected(*args, **options) as client:
+            await client.handshake()
+            yield client
+
 
 KINDS: Final = {
     "reference": Kind(),

@@ -291,11 +291,7 @@ async def test_an_alert_that_a_callback_returns_goes_to_the_client(
 
     server_context.sni_callback = refuse
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(recorders, server_context, client_context) as client:
         with pytest.raises(ssl.SSLError, match=r"(?i)unrecognized.name"):
             await client.handshake()
         assert await client.end_of_stream()
@@ -354,11 +350,7 @@ async def test_a_callback_that_returns_no_choice_is_reported(
     loop_errors: LoopErrors,
 ) -> None:
     server_context.sni_callback = tls.sni_callback(lambda *args: "localhost")  # type: ignore[arg-type]
-    async with (
-        kind.serving(Recorder, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(Recorder, server_context, client_context) as client:
         with pytest.raises(ssl.SSLError, match=r"(?i)internal.error"):
             await client.handshake()
     (error,) = loop_errors.exceptions
@@ -383,11 +375,7 @@ async def test_a_callback_that_is_cancelled_from_elsewhere_ends_its_handshake(
 
     server_context.sni_callback = wait
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(recorders, server_context, client_context) as client:
         await client.send(client.flight())
         await until(lambda: futures)
         futures[0].cancel()
@@ -624,11 +612,7 @@ async def test_a_key_that_is_not_known_ends_the_handshake(
     client_context.set_psk_client_callback(lambda hint: ("device 8", KEY))
     server_context.set_psk_server_callback(tls.psk_server_callback(key_in_a_coroutine))
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(recorders, server_context, client_context) as client:
         with pytest.raises(ssl.SSLError, match=r"(?i)alert"):
             await client.handshake()
         assert await client.end_of_stream()
@@ -644,11 +628,7 @@ async def test_what_a_key_callback_raises_is_reported(
     error = KeyError("no such device")
     server_context.set_psk_server_callback(tls.psk_server_callback(raise_after_a_while(error)))
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(recorders, server_context, client_context) as client:
         with pytest.raises(ssl.SSLError, match=r"(?i)alert"):
             await client.handshake()
         assert await client.end_of_stream()
@@ -664,8 +644,7 @@ async def test_a_key_callback_is_cancelled_when_its_client_leaves(
     server_context, client_context = psk_contexts
     waiting: Any = Waiting()
     server_context.set_psk_server_callback(tls.psk_server_callback(waiting))
-    async with kind.serving(Recorder, server_context) as address, Client(client_context) as client:
-        await client.connect(address)
+    async with kind.connected(Recorder, server_context, client_context) as client:
         flights = asyncio.create_task(client.handshake())  # two, in TLS 1.2
         await until(lambda: waiting.events)
         flights.cancel()

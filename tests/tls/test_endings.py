@@ -118,11 +118,7 @@ async def events_of_fin_in_tls_1_2(
     kind: Kind, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> Any:
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(recorders, server_context, client_context) as client:
         client.send_with_fin(await client.last_flight())
         recorder = await recorders.first()
         await recorder.lost()
@@ -310,11 +306,9 @@ async def test_a_peer_that_is_slow_on_purpose_gets_no_more_time(
     kind: Kind, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context, ssl_handshake_timeout=0.1) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(
+        recorders, server_context, client_context, ssl_handshake_timeout=0.1
+    ) as client:
         end = asyncio.create_task(client.end_of_stream())
         with suppress(ConnectionError):
             for byte in client.flight():
@@ -407,12 +401,7 @@ async def test_a_client_that_unwraps_is_answered(
     kind: Kind, version: str, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     recorders = Recorders(Echo)
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, server_context, client_context) as client:
         await client.echo()
         await client.do(client.tls.unwrap)
         assert await client.end_of_stream()
@@ -425,9 +414,7 @@ async def test_a_client_that_unwraps_is_answered(
 async def test_what_is_written_before_the_clients_close_notify_is_answered_to(
     kind: Kind, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
-    async with kind.serving(Echo, server_context) as address, Client(client_context) as client:
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(Echo, server_context, client_context) as client:
         data = bytes(100_000)
         await client.send(client.sealed(data) + client.close_notify())
         assert await client.read_exactly(len(data)) == data
@@ -450,12 +437,7 @@ async def test_a_transport_that_is_closed_sends_what_it_has_and_a_close_notify(
     kind: Kind, version: str, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     recorders = Recorders(Farewell)
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, server_context, client_context) as client:
         assert await client.read_exactly(8) == b"farewell"
         assert await client.read() == b""
         await client.do(client.tls.unwrap)
@@ -468,12 +450,7 @@ async def events_without_an_answer(
     kind: Kind, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> Any:
     recorders = Recorders(Farewell)
-    async with (
-        kind.serving(recorders, server_context, ssl_shutdown_timeout=0.1) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, server_context, client_context, ssl_shutdown_timeout=0.1):
         recorder = await recorders.first()
         await recorder.lost()
         return recorder.events
@@ -499,11 +476,7 @@ async def test_a_transport_that_is_aborted_sends_no_close_notify(
     kind: Kind, version: str, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     recorders = Recorders(Abort)
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(recorders, server_context, client_context) as client:
         with pytest.raises((ssl.SSLEOFError, ConnectionError)):
             await client.handshake()
             while await client.read():
@@ -528,9 +501,7 @@ async def test_a_protocol_factory_that_raises_is_reported_and_the_connection_end
     def raising() -> asyncio.Protocol:
         raise error
 
-    async with kind.serving(raising, server_context) as address, Client(client_context) as client:
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(raising, server_context, client_context) as client:
         await client.end_of_stream()
     assert loop_errors.exceptions == [error]
 

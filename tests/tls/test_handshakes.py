@@ -30,12 +30,7 @@ async def test_a_connection_of_each_version_carries_data_both_ways(
     kind: Kind, version: str, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     recorders = Recorders(Echo)
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, server_context, client_context) as client:
         assert client.tls.version() == version
         await client.echo()
         recorder = await recorders.first()
@@ -51,9 +46,7 @@ async def test_rsa_keys_serve_too(kind: Kind, certificates: Certificates) -> Non
     certificates.rsa.configure_cert(context)
     client_context = certificates.client_context()
     client_context.maximum_version = ssl.TLSVersion.TLSv1_2  # names the key in its cipher suite
-    async with kind.serving(Echo, context) as address, Client(client_context) as client:
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(Echo, context, client_context) as client:
         cipher = client.tls.cipher()
         assert cipher is not None
         assert "RSA" in cipher[0]
@@ -64,8 +57,7 @@ async def test_rsa_keys_serve_too(kind: Kind, certificates: Certificates) -> Non
 async def test_a_handshake_in_segments_of_one_byte_ends_well(
     kind: Kind, version: str, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
-    async with kind.serving(Echo, server_context) as address, Client(client_context) as client:
-        await client.connect(address)
+    async with kind.connected(Echo, server_context, client_context) as client:
         for flight in (client.flight(), None):
             while not flight:
                 await client.receive()
@@ -118,12 +110,7 @@ async def test_a_client_certificate_that_is_asked_for_is_known_to_the_protocol(
 ) -> None:
     certificates.client.configure_cert(client_context)
     recorders = Recorders(Echo)
-    async with (
-        kind.serving(recorders, demanding_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, demanding_context, client_context) as client:
         await client.echo()
         certificate = (await recorders.first()).transport.get_extra_info("peercert")
         assert certificate["subjectAltName"] == (("email", "client@localhost"),)
@@ -161,12 +148,7 @@ async def test_a_certificate_can_be_asked_for_after_the_handshake(
     client_context.post_handshake_auth = True
     demanding_context.post_handshake_auth = True
     recorders = Recorders(Echo)
-    async with (
-        kind.serving(recorders, demanding_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, demanding_context, client_context) as client:
         await client.echo()
         transport = (await recorders.first()).transport
         ssl_object = transport.get_extra_info("ssl_object")
@@ -227,12 +209,7 @@ async def test_the_tickets_come_before_the_server_has_anything_to_say(
 ) -> None:
     """They are the last flight of the server's, which no data of the protocol's pushes out."""
     client_context.minimum_version = ssl.TLSVersion.TLSv1_3
-    async with (
-        kind.serving(Recorder, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(Recorder, server_context, client_context) as client:
         assert not client.tls.session or not client.tls.session.has_ticket
         while not client.tls.session or not client.tls.session.has_ticket:
             await client.receive()
@@ -327,11 +304,7 @@ async def test_a_version_that_the_server_does_not_speak_gets_an_alert(
 ) -> None:
     server_context.minimum_version = ssl.TLSVersion.TLSv1_3
     client_context.maximum_version = ssl.TLSVersion.TLSv1_2
-    async with (
-        kind.serving(Recorder, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(Recorder, server_context, client_context) as client:
         with pytest.raises(ssl.SSLError, match=r"(?i)alert.protocol.version"):
             await client.handshake()
         assert await client.end_of_stream()

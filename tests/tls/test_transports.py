@@ -51,11 +51,7 @@ async def test_a_buffered_protocol_gets_its_data_in_its_buffer(
 ) -> None:
     recorders = Recorders(BufferedEcho)
     data = random.Random(1).randbytes(50_000)
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(recorders, server_context, client_context) as client:
         flight = await client.last_flight()
         await client.send(flight + (client.sealed(early) if early else b""))
         assert await client.read_exactly(len(early)) == early
@@ -148,11 +144,7 @@ async def test_a_protocol_that_pauses_reading_in_connection_made_gets_nothing_un
     kind: Kind, early: bool, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     recorders = Recorders(PausedAtFirst)
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(recorders, server_context, client_context) as client:
         flight = await client.last_flight()
         await client.send(flight + (client.sealed(b"early ") if early else b""))
         recorder = await recorders.first()
@@ -204,12 +196,7 @@ async def test_a_peer_that_does_not_read_pauses_the_protocol_at_its_limits(
             self.events.append(("resume", self.transport.get_write_buffer_size()))
 
     recorders = Recorders(Measuring)
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, server_context, client_context) as client:
         recorder = await recorders.first()
         transport = recorder.transport
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 50_000)
@@ -238,12 +225,7 @@ async def test_a_protocol_can_write_more_than_its_limits_in_connection_made(
 
     data = random.Random(2).randbytes(5_000_000)
     recorders = Recorders(Lavish)
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, server_context, client_context) as client:
         assert await client.read_exactly(len(data)) == data
 
 
@@ -254,12 +236,7 @@ async def test_a_transport_has_its_protocol_and_takes_another(
     kind: Kind, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, server_context, client_context) as client:
         await client.write(b"to the first")
         recorder = await recorders.first()
         await until(lambda: recorder.received == b"to the first")
@@ -285,11 +262,7 @@ async def test_a_protocol_can_step_back_for_another_in_connection_made(
             echo.connection_made(transport)
 
     echo = Echo()
-    async with (
-        kind.serving(Chooser, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
+    async with kind.connected(Chooser, server_context, client_context) as client:
         await client.send(await client.last_flight() + client.sealed(b"early"))
         assert await client.read_exactly(5) == b"early"
         await client.echo()
@@ -300,12 +273,7 @@ async def test_a_transport_answers_as_one_of_tls(
     kind: Kind, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     recorders = Recorders()
-    async with (
-        kind.serving(recorders, server_context) as address,
-        Client(client_context) as client,
-    ):
-        await client.connect(address)
-        await client.handshake()
+    async with kind.client(recorders, server_context, client_context) as client:
         transport = (await recorders.first()).transport
         assert not transport.can_write_eof()
         with pytest.raises(NotImplementedError):
