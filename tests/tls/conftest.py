@@ -12,6 +12,7 @@ from support import unavailable
 
 from aiojob.tls._handover import can_rebind
 from tls.kit import KINDS, Kind, LoopErrors
+from tls.native_engine import NativeEngine
 
 NAMES = ["localhost", *(f"{name}.example" for name in ("a", "b", "c", "d"))]
 
@@ -28,9 +29,10 @@ class Certificates:
     authority_file: Path
 
     def server_context(self, name: str = "localhost") -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.by_name[name].configure_cert(context)
-        return context
+        return server_context_with(self.by_name[name])
+
+    def rsa_context(self) -> ssl.SSLContext:
+        return server_context_with(self.rsa)
 
     def client_context(self, version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -38,6 +40,12 @@ class Certificates:
         if version is not None:
             context.minimum_version = context.maximum_version = version
         return context
+
+
+def server_context_with(certificate: trustme.LeafCert) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    return context
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +66,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 @pytest.fixture
 def server_context(certificates: Certificates) -> ssl.SSLContext:
     return certificates.server_context()
+
+
+@pytest.fixture
+def engine_context(engine: NativeEngine, certificates: Certificates) -> ssl.SSLContext:
+    """A server's context whose key belongs to the engine."""
+    return certificates.rsa_context()
 
 
 @pytest.fixture

@@ -42,8 +42,7 @@ async def test_a_connection_of_each_version_carries_data_both_ways(
 
 @pytest.mark.parametrize("kind", STRATEGIES, indirect=True)
 async def test_rsa_keys_serve_too(kind: Kind, certificates: Certificates) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificates.rsa.configure_cert(context)
+    context = certificates.rsa_context()
     client_context = certificates.client_context()
     client_context.maximum_version = ssl.TLSVersion.TLSv1_2  # names the key in its cipher suite
     async with kind.client(Echo, context, client_context) as client:
