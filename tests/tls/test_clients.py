@@ -19,7 +19,7 @@ import pytest
 from support import unavailable
 
 from tls.conftest import Certificates
-from tls.kit import HANDOVERS, KINDS, PATIENCE, Address, Echo, Kind, in_thread
+from tls.kit import HANDOVERS, KINDS, PATIENCE, Address, Echo, Kind, in_thread, sockets, until
 
 aiohttp = pytest.importorskip("aiohttp")
 from aiohttp import web  # noqa: E402
@@ -71,11 +71,13 @@ async def echo_messages(request: web.Request) -> web.WebSocketResponse:
 
 @asynccontextmanager
 async def site(kind: Kind, context: ssl.SSLContext, **options: Any) -> AsyncIterator[TLSSite]:
+    """Serve for the length of the block; at its end no connection may be left."""
+    before = sockets()
     application = web.Application(client_max_size=100_000_000)
     application.add_routes(
         [web.get("/", send_body), web.post("/", count_body), web.get("/messages", echo_messages)]
     )
-    runner = web.AppRunner(application, shutdown_timeout=1)
+    runner = web.AppRunner(application, shutdown_timeout=PATIENCE)
     await runner.setup()
     try:
         started = TLSSite(
@@ -91,6 +93,7 @@ async def site(kind: Kind, context: ssl.SSLContext, **options: Any) -> AsyncIter
         yield started
     finally:
         await runner.cleanup()
+    await until(lambda: sockets() <= before)
 
 
 @pytest.fixture

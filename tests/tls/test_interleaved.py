@@ -84,23 +84,25 @@ async def test_certificates_are_never_mixed_up(
     names = {context: name for name, context in contexts.items()}
     resumed = 0
 
-    async def client(version: ssl.TLSVersion, resumes: bool) -> None:
+    async def client(number: int) -> None:
         nonlocal resumed
+        version = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)[number % 2]
+        resumes = number % 3 > 0
+        visits = random.Random(number)
         context = client_context()
         context.minimum_version = context.maximum_version = version
         sessions: dict[str, ssl.SSLSession | None] = {}
         for _ in range(6):
-            name = chance.choice(NAMES)
+            name = visits.choice(NAMES)
             session, reused = await visit(server, context, name, sessions.get(name))
             resumed += reused
             if resumes:
                 sessions[name] = session
 
     async with serving(front, mode, lambda: SaysItsName(names)) as server:
-        versions = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
         async with asyncio.TaskGroup() as group:
-            for i in range(18):
-                group.create_task(client(versions[i % 2], i % 3 > 0))
+            for number in range(18):
+                group.create_task(client(number))
     assert resumed > 10
 
 
