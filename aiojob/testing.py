@@ -244,7 +244,7 @@ def _check_count(name: str, count: int) -> None:
         raise TypeError(f"{name} must be an int, got {count!r}")
 
 
-_GRACE: Final = 1.0
+_GRACE: Final = 10.0
 """Seconds that a worker has to end once its call has returned."""
 
 
