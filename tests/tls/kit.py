@@ -8,10 +8,11 @@ import socket
 import ssl
 import stat
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from aiojob import tls
@@ -146,6 +147,8 @@ def case(*what: object) -> Iterator[None]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop go on until the condition holds."""
+    if condition():
+        return
     try:
         async with asyncio.timeout(PATIENCE):
             while not condition():
@@ -160,14 +163,12 @@ async def in_thread(func: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread, func, *args)
 
 
-async def within_patience(awaitable: Awaitable[T]) -> T:
-    async with asyncio.timeout(PATIENCE):
-        return await awaitable
-
-
 @dataclass
 class Client:
-    """A TLS client that a test drives by hand: what it sends when, and in which segments."""
+    """A TLS client that a test drives by hand: what it sends when, and in which segments.
+
+    As a context manager, it is closed at the end, which has to come in time.
+    """
 
     context: ssl.SSLContext
     server_hostname: str | None = "localhost"
@@ -186,21 +187,28 @@ class Client:
         self.sock.setblocking(False)
 
     async def __aenter__(self) -> Self:
+        # One for all that it does: in debug mode, each timer takes longer than most of that.
+        self._timeout = await asyncio.timeout(PATIENCE).__aenter__()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.sock.close()
+        await self._timeout.__aexit__(exc_type, exc, traceback)
 
     async def connect(self, address: Address) -> Self:
-        loop = asyncio.get_running_loop()
-        await within_patience(loop.sock_connect(self.sock, address))
+        await asyncio.get_running_loop().sock_connect(self.sock, address)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self
 
     # -- bytes on the wire
 
     async def send(self, data: bytes) -> None:
-        await within_patience(asyncio.get_running_loop().sock_sendall(self.sock, data))
+        await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
     def send_with_fin(self, data: bytes) -> None:
         """Send a few bytes and a FIN in one segment."""
@@ -214,7 +222,7 @@ class Client:
 
     async def receive(self) -> bytes:
         """Receive what has come, or the end, for the TLS layer to read."""
-        data = await within_patience(asyncio.get_running_loop().sock_recv(self.sock, 65536))
+        data = await asyncio.get_running_loop().sock_recv(self.sock, 65536)
         if data:
             self.incoming.write(data)
         else:

@@ -99,10 +99,12 @@ async def test_certificates_are_never_mixed_up(
             if resumes:
                 sessions[name] = session
 
-    async with serving(front, mode, lambda: SaysItsName(names)) as server:
-        async with asyncio.TaskGroup() as group:
-            for number in range(18):
-                group.create_task(client(number))
+    async with (
+        serving(front, mode, lambda: SaysItsName(names)) as server,
+        asyncio.TaskGroup() as group,
+    ):
+        for number in range(18):
+            group.create_task(client(number))
     assert resumed > 10
 
 
