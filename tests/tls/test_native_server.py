@@ -167,6 +167,7 @@ async def test_native_jobs_that_others_leave_do_not_disturb_a_connection(
 async def test_clients_may_leave_at_any_moment(
     engine: NativeEngine, engine_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
+    asyncio.get_running_loop().set_debug(False)  # which takes most of the time
     moments = random.Random(1)
     engine.take(0.002)
 

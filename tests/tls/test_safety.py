@@ -99,6 +99,7 @@ async def paused_clients(server: tls.Server, lookups: Lookups, count: int) -> li
 
 
 async def test_a_thousand_handshakes_paused_in_their_callback_are_dropped_in_all_ways() -> None:
+    asyncio.get_running_loop().set_debug(False)  # which takes most of the time
     lookups = Lookups()
     with many_fds(4000):
         async with serving(lookups.context) as server:
@@ -137,7 +138,9 @@ def test_a_loop_that_ends_cancels_hundreds_of_handshakes(loop_factory: Any, wait
                 server.close()
 
     clients: list[socket.socket] = []
-    with pytest.raises(ZeroDivisionError), asyncio.Runner(loop_factory=loop_factory) as runner:
+    # Debug mode would take most of the time.
+    runner = asyncio.Runner(loop_factory=loop_factory, debug=False)
+    with pytest.raises(ZeroDivisionError), runner:
         runner.run(main())
     assert (lookups.cancelled, lookups.waiting) == (200, 0)
     for client in clients:
