@@ -6,7 +6,6 @@ import asyncio
 import resource
 import socket
 import ssl
-import struct
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -120,9 +119,3 @@ async def connect(address: Address) -> socket.socket:
     await asyncio.get_running_loop().sock_connect(sock, address)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
-
-
-def reset(sock: socket.socket) -> None:
-    """Leave with a RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()

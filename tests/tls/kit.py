@@ -145,6 +145,12 @@ def case(*what: object) -> Iterator[None]:
         raise
 
 
+def reset(sock: socket.socket) -> None:
+    """Leave with a RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop go on until the condition holds."""
     if condition():
@@ -216,9 +222,7 @@ class Client:
         self.sock.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        """Leave with a RST."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+        reset(self.sock)
 
     async def receive(self) -> bytes:
         """Receive what has come, or the end, for the TLS layer to read."""

@@ -22,11 +22,10 @@ from tls.hostile import (
     client_context,
     client_hello,
     connect,
-    reset,
     server_context,
     serving,
 )
-from tls.kit import Client, acceptors, address_of, sockets, time_out, until
+from tls.kit import Client, acceptors, address_of, reset, sockets, time_out, until
 
 
 class Watched:

@@ -23,11 +23,10 @@ from tls.hostile import (
     client_context,
     client_hello,
     connect,
-    reset,
     server_context,
     serving,
 )
-from tls.kit import Client, address_of
+from tls.kit import Client, address_of, reset
 
 modes = pytest.mark.parametrize("mode", MODES)
 

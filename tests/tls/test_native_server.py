@@ -8,7 +8,6 @@ import random
 import select
 import socket
 import ssl
-import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from aiojob import LibsslUnavailableError, tls
 from aiojob.tls._acceptor import RECEIVED_LIMIT
 from aiojob.tls._native import abandoned
-from tls.kit import acceptors, time_out, until
+from tls.kit import acceptors, reset, time_out, until
 from tls.native_engine import NativeEngine
 
 
@@ -90,25 +89,28 @@ async def test_handshakes_overlap_in_the_engine(
     assert engine.counts.in_place == 0
 
 
-def reset(sock: socket.socket, server: tls.Server) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def shut_down(sock: socket.socket, server: tls.Server) -> None:
+def shut_down(sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
-def wait(sock: socket.socket, server: tls.Server) -> None:
+def peer_resets(sock: socket.socket, server: tls.Server) -> None:
+    reset(sock)
+
+
+def peer_shuts_down(sock: socket.socket, server: tls.Server) -> None:
+    shut_down(sock)
+
+
+def time_is_over(sock: socket.socket, server: tls.Server) -> None:
     (acceptor,) = acceptors(server)
     time_out(acceptor)
 
 
-def close_server(sock: socket.socket, server: tls.Server) -> None:
+def server_closes(sock: socket.socket, server: tls.Server) -> None:
     server.close()
 
 
-@pytest.mark.parametrize("leave", [reset, shut_down, wait, close_server])
+@pytest.mark.parametrize("leave", [peer_resets, peer_shuts_down, time_is_over, server_closes])
 async def test_native_job_ends_though_its_connection_has(
     engine: NativeEngine,
     engine_context: ssl.SSLContext,
@@ -154,7 +156,7 @@ async def test_native_jobs_that_others_leave_do_not_disturb_a_connection(
                 stays = asyncio.create_task(say_hello(server, client_context))
                 await engine.reached(11)
                 for sock in socks[::2]:
-                    reset(sock, server)
+                    reset(sock)
                 await until(lambda: len(abandoned) == 5)
                 engine.release()
                 await stays
@@ -171,9 +173,9 @@ async def test_clients_may_leave_at_any_moment(
     moments = random.Random(1)
     engine.take(0.002)
 
-    async def leave(server: tls.Server, sock: socket.socket) -> None:
+    async def leave(sock: socket.socket) -> None:
         await asyncio.sleep(moments.uniform(0, 0.01))
-        moments.choice([reset, shut_down])(sock, server)
+        moments.choice([reset, shut_down])(sock)
 
     async with serving(engine_context) as server:
         for _ in range(3):
@@ -181,7 +183,7 @@ async def test_clients_may_leave_at_any_moment(
                 async with asyncio.TaskGroup() as tasks:
                     for _ in range(20):
                         sock = stack.enter_context(client_in_mid_handshake(server, client_context))
-                        tasks.create_task(leave(server, sock))
+                        tasks.create_task(leave(sock))
                         tasks.create_task(say_hello(server, client_context))
         await until(lambda: not server.handshakes and not abandoned)
     assert engine.counts.in_flight == 0
@@ -219,7 +221,7 @@ async def test_connections_and_native_jobs_are_freed(
             engine.hold()
             with client_in_mid_handshake(server, client_context) as sock:
                 await engine.reached(1)
-                reset(sock, server)
+                reset(sock)
                 await until(lambda: abandoned)
             engine.release()
             await until(lambda: not abandoned)

@@ -32,7 +32,6 @@ from tls.hostile import (
     client_hello,
     connect,
     many_fds,
-    reset,
     server_context,
     serving,
 )
@@ -43,6 +42,7 @@ from tls.kit import (
     acceptors,
     address_of,
     is_limited,
+    reset,
     sockets,
     time_out,
     until,
