@@ -18,6 +18,7 @@ from _thread import get_ident
 from asyncio import Future, InvalidStateError, get_running_loop
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
+from contextvars import Context
 from os import fstat, get_inheritable
 from stat import S_IFMT
 from typing import Any, Final
@@ -80,11 +81,14 @@ class Waker:
             logger.debug("a job was woken after its event loop had been closed")
 
     def end_pause(self) -> bool:
-        """End the job's pause, and say whether it was paused. Only the running loop calls this."""
+        """End the job's pause, and say whether it was paused. The running loop alone calls this."""
         future = self._future
         if future is None or future.done():
             return False
-        future.set_result(None)
+        if type(future) is FdPause:
+            future.end()
+        else:
+            future.set_result(None)
         return True
 
     def pause(self, ctx: WaitCtx) -> Awaitable[None] | None:
@@ -105,7 +109,11 @@ class Waker:
             return None
         if status is EAGAIN:
             return self._poll(POLL_BUSY_LONGEST)
-        if (ctx._entries and self._hub.watch(ctx)) or status is OK:
+        if ctx._entries and self._hub.watch(ctx):
+            self._polls = 0
+            future = self._future = self._hub.fd_pause()
+            return future
+        if status is OK:
             self._polls = 0
             future = self._future = Future()
             return future
@@ -131,6 +139,53 @@ class Waker:
             timer.cancel()
 
 
+class FdPause(Future[None]):
+    """What a job awaits that waits for fds, on asyncio: its task goes on within `end`.
+
+    A future's task goes on in the next iteration. asyncio polls before that, and would find the
+    fd readable once more, as the job has not read from it yet.
+    """
+
+    __slots__ = ("_task_wakeup",)
+
+    def __init__(self) -> None:
+        Future.__init__(self)
+        self._task_wakeup: tuple[Callable[[Any], object], Context] | None = None
+
+    def add_done_callback(
+        self, fn: Callable[[Any], object], /, *, context: Context | None = None
+    ) -> None:
+        """Have `fn` called when the pause has ended; the first one is the awaiting task's."""
+        if context is None or self._task_wakeup is not None:
+            Future.add_done_callback(self, fn, context=context)
+            return
+        self._task_wakeup = fn, context
+        if self.done():  # a signal handler came in between
+            self._defer()
+
+    def end(self) -> None:
+        """End the pause, in a callback of the loop: no task is running."""
+        Future.set_result(self, None)
+        if self._task_wakeup is not None:
+            (fn, context), self._task_wakeup = self._task_wakeup, None
+            context.run(fn, self)
+
+    def set_result(self, result: None, /) -> None:
+        """End the pause, anywhere in the loop's thread: the task goes on later."""
+        Future.set_result(self, result)
+        self._defer()
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        self._defer()
+        return Future.cancel(self, msg)
+
+    def _defer(self) -> None:
+        """Have the task go on as one that awaits any other future."""
+        if self._task_wakeup is not None:
+            (fn, context), self._task_wakeup = self._task_wakeup, None
+            Future.add_done_callback(self, fn, context=context)
+
+
 class _NextIteration:
     """Awaiting this goes on in the loop's next iteration."""
 
@@ -144,7 +199,7 @@ NEXT_ITERATION: Final = _NextIteration()
 class _FdWatch:
     """A reader that is registered with a loop, for all the contexts that hold the fd."""
 
-    __slots__ = ("_contexts", "_file", "_hub", "_repeated", "fd", "registered")
+    __slots__ = ("_contexts", "_file", "_hub", "fd", "registered")
 
     def __init__(self, hub: Hub, fd: int) -> None:
         self._hub = hub
@@ -152,7 +207,6 @@ class _FdWatch:
         self.registered = False
         self._contexts: list[WaitCtx] = []
         self._file: tuple[int, ...] = ()
-        self._repeated = False
 
     def add(self, ctx: WaitCtx) -> None:
         self._contexts.append(ctx)
@@ -177,7 +231,7 @@ class _FdWatch:
     def unregister(self) -> None:
         if not self.registered:
             return
-        self.registered = self._repeated = False
+        self.registered = False
         loop = self._hub.loop
         if loop is None or loop.is_closed():
             return
@@ -194,16 +248,11 @@ class _FdWatch:
             self._hub.forget(self)
 
     def _ready(self) -> None:
-        if self._repeated:
-            self._repeated = False
-            return
         woken = False
-        for ctx in self._contexts:
+        for ctx in tuple(self._contexts):  # the jobs that go on change them
             if ctx._waker is not None and ctx._waker.end_pause():
                 woken = True
-        if woken:
-            self._repeated = self._hub.repeats_events
-        else:
+        if not woken:
             # Left readable while nobody waits: the loop would spin. A pause registers it again.
             self.unregister()
 
@@ -224,16 +273,14 @@ class Hub:
         "_scheduled",
         "_trims",
         "_watches",
+        "fd_pause",
         "ident",
-        "repeats_events",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
         self.ident = get_ident()
-        # asyncio polls again before the woken task has run, and so delivers one event more
-        # that is out of date; to skip one that was not costs an iteration, as it comes again.
-        self.repeats_events = isinstance(loop, asyncio.BaseEventLoop)
+        self.fd_pause = FdPause if isinstance(loop, asyncio.BaseEventLoop) else Future
         self._posted: deque[Delivery] = deque()
         self._scheduled = False
         self._watches: dict[int, _FdWatch] = {}

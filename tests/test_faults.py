@@ -696,6 +696,142 @@ async def test_fd_and_callback_in_one_iteration_end_one_pause(pipe: tuple[int, i
     assert operation.pauses == 1
 
 
+@pytest.mark.parametrize("first_does", ["end", "clear its fd", "cancel the second"])
+async def test_first_of_two_jobs_on_one_fd_changes_who_watches_it(
+    first_does: str, pipe: tuple[int, int]
+) -> None:
+    def wait(then: Callable[[], object]) -> None:
+        get_wait_ctx().set_wait_fd(KEY, pipe[0])
+        pause_job()
+        then()
+
+    def change() -> None:
+        if first_does == "clear its fd":
+            get_wait_ctx().clear_fd(KEY)
+        elif first_does == "cancel the second":
+            second.cancel()
+
+    first = await started(run_job(wait, change))
+    second = await started(run_job(wait, int))
+    os.write(pipe[1], b"x")
+    await asyncio.wait([first, second])
+    assert first.exception() is None
+    assert second.cancelled() == (first_does == "cancel the second")
+    assert not asyncio.get_running_loop().remove_reader(pipe[0])
+
+
+def test_job_that_exits_when_its_fd_is_readable_leaves_the_other_to_be_woken(
+    loop_factory: LoopFactory, pipe: tuple[int, int]
+) -> None:
+    def wait(then: Callable[[], T]) -> T:
+        get_wait_ctx().set_wait_fd(KEY, pipe[0])
+        pause_job()
+        return then()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        loop = runner.get_loop()
+        leaver = loop.create_task(run_job(wait, sys.exit))
+        stayer = loop.create_task(run_job(wait, lambda: os.read(pipe[0], 9)))
+        loop.call_later(0.001, os.write, pipe[1], b"x")
+        with pytest.raises(SystemExit):
+            loop.run_forever()
+        assert loop.run_until_complete(stayer) == b"x"
+        with pytest.raises(SystemExit):
+            leaver.result()
+
+
+# -- the future of a pause for an fd
+
+End = Callable[[_wakeups.FdPause], object]
+
+
+def set_result(pause: _wakeups.FdPause) -> None:
+    pause.set_result(None)
+
+
+each_end = pytest.mark.parametrize("end", [_wakeups.FdPause.end, set_result])
+
+
+async def test_end_of_an_fd_pause_has_the_task_go_on_within_it() -> None:
+    pause = _wakeups.FdPause()
+    log: list[str] = []
+
+    async def wait() -> None:
+        await pause
+        log.append("went on")
+
+    def end() -> None:
+        pause.end()
+        log.append("ended")
+
+    task = await started(wait())
+    asyncio.get_running_loop().call_soon(end)
+    await task
+    assert log == ["went on", "ended"]
+
+
+@each_end
+async def test_fd_pause_that_ended_before_a_task_awaits_it_is_no_pause(end: End) -> None:
+    pause = _wakeups.FdPause()
+    end(pause)
+    await pause
+
+
+@each_end
+async def test_fd_pause_that_ends_while_the_task_adds_its_callback_is_not_lost(end: End) -> None:
+    """As by a signal handler."""
+    pause = _wakeups.FdPause()
+    calls: list[object] = []
+    end(pause)
+    pause.add_done_callback(calls.append, context=contextvars.copy_context())
+    await iterations()
+    assert calls == [pause]
+
+
+async def test_fd_pause_that_is_set_in_another_task_has_its_task_go_on_later() -> None:
+    pause = _wakeups.FdPause()
+
+    async def wait() -> None:
+        await pause
+
+    task = await started(wait())
+    pause.set_result(None)
+    assert not task.done()
+    await task
+
+
+async def test_fd_pause_that_is_cancelled_passes_the_message_on() -> None:
+    pause = _wakeups.FdPause()
+
+    async def wait() -> None:
+        await pause
+
+    task = await started(wait())
+    task.cancel("no more")
+    with pytest.raises(asyncio.CancelledError, match="no more"):
+        await task
+    assert pause.cancelled()
+
+
+@each_end
+async def test_fd_pause_calls_whoever_else_wants_to_know_once(end: End) -> None:
+    pause = _wakeups.FdPause()
+    calls: list[str] = []
+    number = contextvars.ContextVar[int]("number", default=0)
+
+    def add(who: str) -> Callable[[object], None]:
+        return lambda _: calls.append(f"{who} {number.get()}")
+
+    context = contextvars.copy_context()
+    context.run(number.set, 1)
+    pause.add_done_callback(add("plain"))
+    pause.add_done_callback(add("first"), context=context)
+    pause.add_done_callback(add("second"), context=context)
+    end(pause)
+    await iterations()
+    assert sorted(calls) == ["first 1", "plain 0", "second 1"]
+
+
 # -- a job that raises
 
 RAISED: dict[str, BaseException] = {
