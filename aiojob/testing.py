@@ -20,6 +20,7 @@ from ._job import can_pause, get_wait_ctx, pause_job
 from .engines._completion import Completion, check_exception
 from .engines._offload import all_workers
 from .engines._pauses import wake_up_of
+from .engines._workers import Worker
 
 __all__ = ["Barrier", "DummyEngine", "Gate", "nothing_left"]
 
@@ -244,8 +245,8 @@ def _check_count(name: str, count: int) -> None:
         raise TypeError(f"{name} must be an int, got {count!r}")
 
 
-_GRACE: Final = 10.0
-"""Seconds that a worker has to end once its call has returned."""
+_GRACE: Final = 20.0
+"""Seconds that a worker has to end once its call has returned, on however busy a machine."""
 
 
 @contextmanager
@@ -270,6 +271,9 @@ def nothing_left() -> Iterator[None]:
     for workers in all_workers():
         busy = workers.end(_GRACE)
         assert not busy, f"offloaded calls are still under way in {busy}"
+    for thread in threading.enumerate():
+        if isinstance(thread, Worker) and thread not in threads:
+            thread.join(_GRACE)  # its idle time was over: it is about to end
     pool.do_posted()
     assert pool.outstanding <= jobs, f"{pool.outstanding - jobs} job(s) were left behind"
     assert pool.waiters <= waiters, "a job that waits for the pool was left behind"

@@ -20,6 +20,8 @@ from aiojob import (
     run_job,
     start_job,
 )
+from aiojob.engines import _offload
+from aiojob.engines._workers import Worker, Workers
 from aiojob.testing import Barrier, DummyEngine, Gate, nothing_left
 
 
@@ -124,6 +126,30 @@ def test_nothing_left_accepts_what_cleans_up() -> None:
         offload(divmod, 7, 2)
         with pause_blocked():
             os.close(os.dup(0))
+
+
+def test_nothing_left_waits_for_a_worker_whose_idle_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is no worker any more, but its thread has yet to end."""
+    left, waited_for = threading.Event(), threading.Event()
+    serve, join = Workers.serve, Worker.join
+
+    def serve_and_linger(workers: Workers, worker: Worker) -> None:
+        serve(workers, worker)
+        left.set()
+        waited_for.wait()
+
+    def wait_for(worker: Worker, timeout: float | None = None) -> None:
+        waited_for.set()
+        join(worker, timeout)
+
+    monkeypatch.setattr(Workers, "serve", serve_and_linger)
+    monkeypatch.setattr(Worker, "join", wait_for)
+    monkeypatch.setattr(_offload._levels[0], "idle_seconds", 0)
+    with nothing_left():
+        offload(divmod, 7, 2)
+        left.wait()
 
 
 def test_nothing_left_finds_an_fd() -> None:
