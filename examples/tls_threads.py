@@ -1,6 +1,7 @@
 """A burst of TLS handshakes with an RSA-4096 key: on the event loop's thread, and in workers.
 
-A heartbeat beats meanwhile. Its longest pause is how long the event loop served nobody else.
+A heartbeat beats meanwhile. Its longest pause is how long the event loop served nobody else; of
+a few bursts, the best one counts, as the machine has other things to do as well.
 
 Needs the program openssl, for the certificate.
 
@@ -23,7 +24,8 @@ from contextlib import suppress
 from aiojob import offload_async
 from aiojob.tls import HandshakeMode, create_server
 
-CLIENTS = 64
+CLIENTS = 32
+BURSTS = 3
 
 
 async def main(certificate: str) -> None:
@@ -36,6 +38,16 @@ async def main(certificate: str) -> None:
 
 
 async def longest_pause(context: ssl.SSLContext, handshake: HandshakeMode) -> float:
+    """Return the longest pause of the best burst."""
+    hello = client_hello()
+    pauses = [await pause_in_a_burst(context, handshake, hello) for _ in range(BURSTS)]
+    print(f"{handshake:13} {min(pauses) * 1000:.0f} ms")
+    return min(pauses)
+
+
+async def pause_in_a_burst(
+    context: ssl.SSLContext, handshake: HandshakeMode, hello: bytes
+) -> float:
     async with await create_server(
         asyncio.Protocol, "127.0.0.1", 0, ssl=context, handshake=handshake, backlog=CLIENTS
     ) as server:
@@ -43,29 +55,34 @@ async def longest_pause(context: ssl.SSLContext, handshake: HandshakeMode) -> fl
         clients = [await offload_async(socket.create_connection, address) for _ in range(CLIENTS)]
         while server.handshakes < CLIENTS:
             await asyncio.sleep(0.001)
-        burst = offload_async(say_hello, clients)
+        for client in clients:  # all of them, before the event loop serves the first one
+            client.sendall(hello)
+        burst = offload_async(wait_for_answers, clients)
         longest, before = 0.0, time.perf_counter()
         while not burst.done():
             await asyncio.sleep(0.001)
             now = time.perf_counter()
             longest, before = max(longest, now - before), now
         await burst
-    print(f"{handshake:13} {longest * 1000:.0f} ms")
     return longest
 
 
-def say_hello(clients: list[socket.socket]) -> None:
-    """Send a TLS client's first message many times over, and wait for the signed answers."""
+def client_hello() -> bytes:
+    """Return a TLS client's first message."""
     outgoing = ssl.MemoryBIO()
-    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="x")
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(
+        ssl.MemoryBIO(), outgoing, server_hostname="localhost"
+    )
     with suppress(ssl.SSLWantReadError):
         client.do_handshake()
-    hello = outgoing.read()
-    for connection in clients:
-        connection.sendall(hello)
-    for connection in clients:
-        assert connection.recv(1)
-        connection.close()
+    return outgoing.read()
+
+
+def wait_for_answers(clients: list[socket.socket]) -> None:
+    """Wait until each client has its signed answer."""
+    for client in clients:
+        assert client.recv(1)
+        client.close()
 
 
 if __name__ == "__main__":
