@@ -4,19 +4,19 @@ Expected output::
 
     3 jobs: 0 running, 3 paused
     <BLANKLINE>
-    look_up in MainThread, paused for 0... s
+    look_up in MainThread, paused for ... s
       waits for <coroutine object sleep at 0x...>
         File "...look_inside.py", line ..., in look_up
           aiojob.await_(asyncio.sleep(60))
     <BLANKLINE>
-    report in MainThread, paused for 0... s
+    report in MainThread, paused for ... s
       waits for fd ... (key 'database')
         File "...look_inside.py", line ..., in report
           query(fd)
         File "...look_inside.py", line ..., in query
           aiojob.pause_job()
     <BLANKLINE>
-    shrink in MainThread, paused for 0... s
+    shrink in MainThread, paused for ... s
       waits for <Future pending cb=[Task.task_wakeup()]...>
         File "...look_inside.py", line ..., in shrink
           aiojob.offload(done.wait)
