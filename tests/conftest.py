@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from support import unavailable
+from support import PATIENCE, unavailable
 from tls.native_engine import NativeEngine, build, load
 
 import aiojob
@@ -74,6 +74,19 @@ def _imports_are_not_collected() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _slow_steps_are_not_logged() -> Iterator[None]:
+    """Have loops in debug mode not report steps that took long on this machine."""
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Executing ")
+
+    logger = logging.getLogger("asyncio")
+    logger.addFilter(is_no_report)
+    yield
+    logger.removeFilter(is_no_report)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves an fd, a thread, a live job or an offloaded call behind."""
@@ -97,7 +110,11 @@ def postgres_programs() -> Path | None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The address of a PostgreSQL server that serves 250 connections, for the tests alone."""
+    """The address of a PostgreSQL server, for the tests alone.
+
+    It takes as many connections as all tests make together: what serves one that was closed is
+    there for a while, the longer the busier the machine is.
+    """
     programs = postgres_programs()
     if programs is None:
         unavailable("needs PostgreSQL's server: initdb was not found")
@@ -111,8 +128,8 @@ def postgres() -> Iterator[str]:
             subprocess.run(command, user=user, cwd=directory, check=True, stdout=subprocess.DEVNULL)
 
         run("initdb", "-A", "trust", "-U", "postgres", "--no-sync")
-        options = f"-k {directory} -c listen_addresses= -c max_connections=250 -c fsync=off"
-        run("pg_ctl", "start", "-w", "-o", options, "-l", f"{directory}/log")
+        options = f"-k {directory} -c listen_addresses= -c max_connections=1000 -c fsync=off"
+        run("pg_ctl", "start", "-w", "-t", f"{PATIENCE}", "-o", options, "-l", f"{directory}/log")
         try:
             yield f"host={directory} user=postgres dbname=postgres"
         finally:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import pytest
+
+PATIENCE: Final = 240
+"""Seconds that a program may take which a test runs; much more than on a busy machine."""
 
 SLOW_STEP = re.compile(r"^Executing <.*> took [\d.]+ seconds\n", re.MULTILINE)
 

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
+from support import PATIENCE
 
 from aiojob import (
     CannotPauseError,
@@ -78,7 +79,12 @@ class Book(Base):
 async def engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
     """A database with the tables, and an engine whose connections live in threads."""
     threads = set(threading.enumerate())
-    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
+    # SQLite's writers wait for each other in no fair order: on a slow disk, some wait for long.
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
+        connect_args={"timeout": PATIENCE},
+        pool_timeout=PATIENCE,
+    )
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
     yield engine

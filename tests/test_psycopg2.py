@@ -103,7 +103,7 @@ async def test_cancelled_query_closes_its_connection_and_leaves_others_alone(
         conn = psycopg2.connect(postgres)
         connections.append(conn)
         with closing(conn), conn.cursor() as cursor:
-            cursor.execute("SELECT pg_sleep(30)")
+            cursor.execute("SELECT pg_sleep(300)")
 
     task = asyncio.create_task(run_job(job))
     sleeping = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
