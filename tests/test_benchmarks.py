@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from support import PATIENCE
 
 from benchmarks import suites
 from benchmarks.__main__ import measured, parse
@@ -31,10 +32,11 @@ def run(module: str, *arguments: str | Path, status: set[int]) -> subprocess.Com
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONWARNINGS": "error"},
+        env=os.environ
+        | {"PYTHONWARNINGS": "error", "PYTHONDEVMODE": ""},  # which takes twice as long
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=PATIENCE,
     )
     assert done.returncode in status, done.stderr
     return done
@@ -74,11 +76,13 @@ def test_each_row_is_measured_on_each_loop(smoke: Path) -> None:
     ]
 
 
-def test_each_figure_is_positive_and_each_target_has_one(smoke: Path) -> None:
+def test_each_time_is_positive_and_each_target_has_a_figure(smoke: Path) -> None:
     for some in json.loads(smoke.read_text())["results"]:
         row = Result.from_json(some)
         assert set(row.targets) <= set(row.figures)
-        if row.group != "tls-memory":  # a single connection takes from what was free
+        # Memory may come from what was free, or the system takes some meanwhile; and a loop that
+        # rounds its timers is never late with a few beats.
+        if row.unit != "B" and row.group != "tls-stall":
             assert all(figure.best > 0 for figure in row.figures.values()), row.title
 
 

@@ -101,7 +101,9 @@ def reports(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def start(suite: Path, tmp: Path, run: str) -> subprocess.Popen[bytes]:
     loop, plugins = RUNS[run]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # Not in development mode: what it finds in SQLAlchemy, or in the suite, is not for these tests.
+    left_out = ("PYTEST_", "PYTHONDEVMODE")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     env |= {
         "AIOJOB_SUITE_LOOP": loop,
         "AIOJOB_SUITE_REPORT": str(tmp / f"{run}.json"),
