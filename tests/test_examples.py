@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import unavailable, without_slow_steps
+from support import PATIENCE, unavailable, without_slow_steps
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 LOOP_NEUTRAL = [path for path in EXAMPLES if "asyncio.run(" in path.read_text()]
@@ -65,7 +65,7 @@ def check(example: Path, environment: dict[str, str], *program: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
         check=False,
     )
     assert on_dask or without_slow_steps(run.stderr) == ""

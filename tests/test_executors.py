@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -79,6 +80,8 @@ def dask_cluster() -> Iterator[Callable[[], Executor]]:
             client = stack.enter_context(Client(cluster))  # type: ignore[no-untyped-call]
         # Equal calls that are pure would be one, and be cancelled together.
         yield lambda: client.get_executor(pure=False)
+    with warnings.catch_warnings(action="ignore"):
+        gc.collect()  # what Dask leaves is none of the next test's
 
 
 POOLS: dict[str, Callable[[], Executor]] = {

@@ -546,7 +546,7 @@ async def test_fd_number_closed_and_reused_between_two_pauses_is_watched_afresh(
         for fd in (number, writing, other, other_writing):
             os.close(fd)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await run_job(job)
     assert paused.is_set()
 
@@ -1594,7 +1594,7 @@ async def test_waiter_gets_the_place_of_a_job_dropped_by_another_thread() -> Non
     handles = [start_job(None, None, pause_job).job]
     waiter = await started(run_job(len, "abc"))
     in_thread(handles.clear)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert await waiter == 3
 
 

@@ -12,6 +12,7 @@ import sys
 import textwrap
 
 import pytest
+from support import PATIENCE
 
 import aiojob
 
@@ -116,7 +117,7 @@ def run_program(source: str, loop_name: str = "asyncio", returncode: int = 0) ->
         [sys.executable, "-P", "-X", "dev", "-W", "error", "-c", program, loop_name],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
         env={**os.environ, "PYTHONPATH": directory, "PYTHONDONTWRITEBYTECODE": "1"},
     )

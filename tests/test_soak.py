@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import without_slow_steps
+from support import PATIENCE, without_slow_steps
 
 
 def test_soak_of_jobs_finds_no_fault_and_leaves_nothing() -> None:
@@ -29,7 +29,7 @@ def soaked(module: str, *options: str) -> str:
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
     assert without_slow_steps(done.stderr) == ""
     assert done.returncode == 0, done.stdout

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from support import PATIENCE
 
 from aiojob import (
     Completion,
@@ -362,7 +363,7 @@ def test_session_loop_of_pytest_asyncio_runs_jobs_of_fixtures_and_tests(tmp_path
         """)
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert "3 passed" in done.stdout, done.stdout
 
 

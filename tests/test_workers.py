@@ -89,7 +89,7 @@ def test_end_has_what_is_queued_run_and_starts_no_worker_for_it_afterwards(
     for call in calls:
         workers.submit(call)
     monkeypatch.setattr("aiojob.engines._workers.monotonic", now)
-    assert workers.end(20) == ()
+    assert workers.end(60) == ()
     assert ran == calls
     assert workers.threads == ()
 
@@ -206,7 +206,7 @@ class MeetingCall(NoCall):
 
     def run(self, ended: Callable[[Any], object]) -> None:
         with suppress(threading.BrokenBarrierError):
-            self._barrier.wait(20)
+            self._barrier.wait(60)
             self._met = True
         ended(self)
         self._results.put(self._met)
@@ -227,7 +227,7 @@ def test_submit_interrupted_by_another_one_still_starts_its_worker() -> None:
     workers._calls = Interrupted()
     workers.submit(calls[0])
     assert [results.get(), results.get()] == [True, True]
-    assert not workers.end(20)
+    assert not workers.end(60)
 
 
 def test_worker_started_while_the_limit_is_lowered_has_a_surplus_one_end(
@@ -278,7 +278,7 @@ def test_raised_limit_starts_as_many_threads_as_can_be_had(
     workers.resize(4)
     assert [results.get() for _ in range(4)] == [True] * 4
     assert len(workers.threads) == 2
-    assert not workers.end(20)
+    assert not workers.end(60)
 
 
 # -- the fds that engines make
