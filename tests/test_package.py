@@ -10,6 +10,7 @@ import inspect
 import re
 import subprocess
 import sys
+import threading
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -114,7 +115,11 @@ def test_public_name_is_documented(name: str) -> None:
 def test_examples_in_docstrings_are_right(module: str) -> None:
     imported = importlib.import_module(module)
     names = {name: getattr(aiojob, name) for name in aiojob.__all__}
+    threads = set(threading.enumerate())
     failed, _ = doctest.testmod(imported, extraglobs=names)
+    for thread in set(threading.enumerate()) - threads:
+        if not thread.daemon:
+            thread.join()  # it has done its work, and is about to end
     assert failed == 0
 
 
