@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import resource
+import select
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from aiojob.engines import _kernel
 from aiojob.engines._kernel import TimerFd, WritableFd
 from aiojob.engines._workers import Call, Worker, Workers
 from aiojob.testing import open_fds
@@ -284,6 +286,24 @@ def test_raised_limit_starts_as_many_threads_as_can_be_had(
 # -- the fds that engines make
 
 
+@pytest.fixture(params=["of this Python", "of libc"])
+def timers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timers as they are here, and as they are in Pythons that do not have them."""
+    if request.param == "of libc":
+        monkeypatch.setattr(_kernel, "_timerfd", _kernel._timerfd_by_libc)
+
+
+@pytest.mark.usefixtures("timers")
+@pytest.mark.parametrize("seconds", [0, 0.02, 1.02])
+def test_timer_turns_readable_when_its_time_has_passed(seconds: float) -> None:
+    begin = time.monotonic()
+    timer = TimerFd(seconds)
+    assert select.select([timer.fd], [], [], 60)[0] == [timer.fd]
+    assert time.monotonic() - begin >= seconds
+    timer.close()
+
+
+@pytest.mark.usefixtures("timers")
 def test_timer_without_an_fd_to_be_had_is_an_error() -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0)]

@@ -75,7 +75,7 @@ class TimerFd:
 
     def __init__(self, seconds: float) -> None:
         if sys.platform == "linux":
-            self.fd = _timerfd(seconds)
+            self.fd = _timerfd(max(seconds, 1e-9))  # zero would disarm it
         else:  # not on Linux
             self._queue = _kqueue(
                 select.kevent(
@@ -138,12 +138,7 @@ class _Itimerspec(ctypes.Structure):
     _fields_ = (("interval", _Timespec), ("value", _Timespec))
 
 
-def _timerfd(seconds: float) -> int:
-    seconds = max(seconds, 1e-9)  # zero would disarm it
-    if sys.version_info >= (3, 13):
-        fd = os.timerfd_create(_MONOTONIC, flags=os.TFD_NONBLOCK | os.TFD_CLOEXEC)
-        os.timerfd_settime(fd, initial=seconds)
-        return fd
+def _timerfd_by_libc(seconds: float) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     fd = libc.timerfd_create(_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
     if fd < 0:
@@ -153,5 +148,16 @@ def _timerfd(seconds: float) -> int:
     libc.timerfd_settime(fd, 0, ctypes.byref(once), None)
     return int(fd)
 
+
+_timerfd = _timerfd_by_libc
+
+if sys.version_info >= (3, 13):  # pragma: no branch
+
+    def _timerfd_by_os(seconds: float) -> int:
+        fd = os.timerfd_create(_MONOTONIC, flags=os.TFD_NONBLOCK | os.TFD_CLOEXEC)
+        os.timerfd_settime(fd, initial=seconds)
+        return fd
+
+    _timerfd = _timerfd_by_os
 
 _MONOTONIC: Final = 1
