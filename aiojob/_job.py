@@ -153,7 +153,7 @@ class Job:
         """The job's wait context, made when first asked for if it was not given one.
 
         Raises:
-            JobError: The job has finished and never had one.
+            JobError: It has none yet, and the job has finished, or its event loop does not run.
             WrongThreadError: It has none yet, and this is not the job's thread.
         """
         if self._wait_ctx is None:
@@ -169,7 +169,12 @@ class Job:
             )
         ctx = WaitCtx()
         if self._fibre.attach is not None:
-            self._fibre.attach(ctx)
+            try:
+                self._fibre.attach(ctx)
+            except RuntimeError as error:
+                raise JobError(
+                    f"{self!r} has no wait context yet: ask for it first while its event loop runs"
+                ) from error
         ctx._in_use = True
         return ctx
 

@@ -192,7 +192,12 @@ class Gate:
             if self._waiting >= count:
                 return
             self._arrivals.append((count, arrival))
-        arrival.wait(timeout)
+        try:
+            arrival.wait(timeout)
+        except BaseException:
+            with self._lock:
+                self._arrivals = [item for item in self._arrivals if item[1] is not arrival]
+            raise
 
 
 class Barrier:

@@ -234,6 +234,18 @@ async def test_found_job_has_the_wait_context_of_the_job() -> None:
         assert job.wait_ctx
 
 
+def test_found_job_without_a_context_gets_none_while_its_loop_does_not_run(
+    loop_factory: LoopFactory,
+) -> None:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        (task,) = runner.run(at_its_pause(run_job(awaits)))
+        (job,) = all_jobs()
+        with pytest.raises(JobError, match="ask for it first while its event loop runs"):
+            assert job.wait_ctx
+        assert repr(job) == "<Job PAUSE awaits in MainThread on None>"
+        runner.run(cancelled(task))
+
+
 async def test_found_job_of_a_loop_cannot_be_resumed_by_hand() -> None:
     (task,) = await at_its_pause(run_job(awaits))
     (job,) = all_jobs()

@@ -90,6 +90,17 @@ async def test_gate_that_does_not_open_times_out() -> None:
     assert gate.waiting == 0
 
 
+async def test_gate_forgets_who_gave_up_waiting_for_others() -> None:
+    gate = Gate()
+    task = asyncio.create_task(run_job(gate.reached))
+    await asyncio.sleep(0)
+    assert len(gate._arrivals) == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert gate._arrivals == []
+
+
 async def test_barrier_lets_all_go_on_when_the_last_has_come_and_again() -> None:
     barrier = Barrier(3)
     for _ in range(2):
