@@ -312,7 +312,8 @@ class Hub:
         try:
             if loop is not None:
                 loop.call_soon_threadsafe(_Drain(self))
-                return
+                if not loop.is_closed():  # since that call had looked: it would never drain
+                    return
         except RuntimeError:  # the loop is closed
             pass
         except BaseException:  # a KeyboardInterrupt, say: the next post has to schedule

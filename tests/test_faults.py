@@ -369,6 +369,26 @@ def test_callback_posted_before_the_loop_closed_leaves_the_next_loop_alone(
     assert first.log == ["GeneratorExit"]
 
 
+def test_post_to_a_loop_that_closes_meanwhile_keeps_nothing() -> None:
+    class ClosingLoop:
+        held: Any = None
+
+        def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
+            self.held = callback  # it had looked already, and closes before it adds this
+
+        def is_closed(self) -> bool:
+            return self.held is not None
+
+    loop: Any = ClosingLoop()
+    hub = _wakeups.Hub(loop)
+    arg = Operation()
+    gone = weakref.ref(arg)
+    hub.post(print, arg)
+    del arg
+    assert gone() is None
+    assert not hub.has_posted
+
+
 @pytest.mark.parametrize("sender", ["loop", "thread"])
 async def test_callback_from_a_signal_handler_through_the_loop_wakes_the_job(sender: str) -> None:
     loop = asyncio.get_running_loop()

@@ -12,11 +12,12 @@ import asyncio
 import inspect
 import ssl
 from abc import ABC, abstractmethod
+from asyncio import Task
 from collections.abc import Awaitable
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from contextvars import ContextVar, Token
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 from weakref import ref
 
 from .._run import await_
@@ -98,7 +99,11 @@ class LoopSteps(Steps):
 
 
 class ThreadSteps(Steps):
-    """Steps in worker threads: the loop goes on, and callbacks block their worker."""
+    """Steps in worker threads: the loop goes on, and callbacks block their worker.
+
+    is_abandoned: whether nobody waits for the step that is under way.
+    task: what the event loop runs for the callback that is under way.
+    """
 
     def __init__(
         self, ssl_object: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO
@@ -106,7 +111,8 @@ class ThreadSteps(Steps):
         super().__init__(ssl_object, incoming, outgoing)
         self._loop = asyncio.get_running_loop()
         self._awaited: Future[Any] | None = None
-        self._abandoned = False
+        self.task: Task[Any] | None = None
+        self.is_abandoned = False
 
     def step(self) -> None:
         self.in_flight = True
@@ -118,22 +124,23 @@ class ThreadSteps(Steps):
         self.in_flight = False
 
     def await_in_callback(self, awaitable: Awaitable[T]) -> T:
-        coroutine = awaitable if inspect.iscoroutine(awaitable) else _awaiting(awaitable)
+        request = _Request(self, awaitable)
+        awaited = self._awaited = request.outcome
         try:
-            self._awaited = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        except RuntimeError:  # the loop is closed
-            coroutine.close()
-            raise
-        if self._abandoned:  # before there was anything to cancel
-            self._awaited.cancel()
-        try:
-            return self._awaited.result()  # type: ignore[no-any-return]
+            self._loop.call_soon_threadsafe(request)
+            if self._loop.is_closed():  # since that call had looked: nobody lets go of the request
+                request.drop()
         finally:
-            self._awaited = None  # what it raised holds this frame
+            del request  # the loop's alone
+        try:
+            return awaited.result()
+        finally:
+            self._awaited = self.task = None
+            del awaited  # what it raised holds this frame
 
     def fail_callback(self, error: BaseException) -> None:
         super().fail_callback(error)
-        if self._abandoned and not isinstance(error, CancelledError):
+        if self.is_abandoned and not isinstance(error, CancelledError):
             # Nobody waits for the step any more.
             with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._report, error)
@@ -143,10 +150,53 @@ class ThreadSteps(Steps):
         self._loop.call_exception_handler({"message": message, "exception": error})
 
     def abandon(self) -> None:
-        self._abandoned = True
-        awaited = self._awaited  # the worker may take it away meanwhile
+        self.is_abandoned = True
+        task, awaited = self.task, self._awaited  # the worker may take them away meanwhile
+        if task is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                task.cancel()
         if awaited is not None:
             awaited.cancel()
+
+
+class _Request(Generic[T]):
+    """A worker's request to an event loop, to await something: the loop is to call it.
+
+    A loop that is closed before lets go of it, and nobody else holds it: so it ends in any case.
+    """
+
+    def __init__(self, steps: ThreadSteps, awaitable: Awaitable[T]) -> None:
+        self.outcome: Future[T] = Future()
+        self._steps: ThreadSteps | None = steps
+        self._coroutine = awaitable if inspect.iscoroutine(awaitable) else _awaiting(awaitable)
+
+    def __call__(self) -> None:
+        steps, self._steps = self._steps, None
+        assert steps is not None
+        if steps.is_abandoned:
+            self.drop()
+            return
+        task = asyncio.get_running_loop().create_task(self._coroutine)
+        steps.task = task
+        task.add_done_callback(self._settle)
+
+    def _settle(self, task: Task[T]) -> None:
+        if task.cancelled():
+            self.outcome.cancel()
+        elif self.outcome.set_running_or_notify_cancel():
+            if (error := task.exception()) is not None:
+                self.outcome.set_exception(error)
+            else:
+                self.outcome.set_result(task.result())
+
+    def drop(self) -> None:
+        """End it: nothing is to be awaited."""
+        self._coroutine.close()
+        self.outcome.cancel()
+
+    def __del__(self) -> None:
+        if self._steps is not None:
+            self.drop()
 
 
 async def _awaiting(awaitable: Awaitable[T]) -> T:
