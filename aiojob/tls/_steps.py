@@ -128,9 +128,9 @@ class ThreadSteps(Steps):
         awaited = self._awaited = request.outcome
         try:
             self._loop.call_soon_threadsafe(request)
-            if self._loop.is_closed():  # since that call had looked: nobody lets go of the request
-                request.drop()
         finally:
+            if self._loop.is_closed():  # perhaps since that call had looked: nobody calls it
+                request.drop()
             del request  # the loop's alone
         try:
             return awaited.result()
