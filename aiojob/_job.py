@@ -173,7 +173,8 @@ class Job:
                 self._fibre.attach(ctx)
             except RuntimeError as error:
                 raise JobError(
-                    f"{self!r} has no wait context yet: ask for it first while its event loop runs"
+                    f"no running event loop: {self!r} has no wait context yet, and gets one only "
+                    "while its event loop runs"
                 ) from error
         ctx._in_use = True
         return ctx

@@ -240,7 +240,7 @@ def test_found_job_without_a_context_gets_none_while_its_loop_does_not_run(
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         (task,) = runner.run(at_its_pause(run_job(awaits)))
         (job,) = all_jobs()
-        with pytest.raises(JobError, match="ask for it first while its event loop runs"):
+        with pytest.raises(JobError, match="gets one only while its event loop runs"):
             assert job.wait_ctx
         assert repr(job) == "<Job PAUSE awaits in MainThread on None>"
         runner.run(cancelled(task))
