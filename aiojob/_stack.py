@@ -6,12 +6,54 @@ its thread shows none, and its frames are those that the thread is in.
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
+import threading
 from types import FrameType
+from typing import Final
 
 from ._fibre import BOTTOM, Fibre, getcurrent, greenlet
 
 __all__ = ["stack_of", "without_own_frames"]
+
+
+class CurrentFrames:
+    """Calls `sys._current_frames` while no garbage is collected, one thread at a time.
+
+    In Python 3.11 the call may collect garbage, and so let other threads go on, while it holds a
+    lock that each thread needs that begins, ends or calls this: a deadlock. Later Pythons collect
+    between two instructions only.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may look in the middle of this
+        self._paused_gc = False
+
+    def __call__(self) -> dict[int, FrameType]:
+        with self._lock:
+            if not gc.isenabled():
+                return sys._current_frames()
+            self._paused_gc = True
+            gc.disable()
+            try:
+                return sys._current_frames()
+            finally:
+                gc.enable()
+                self._paused_gc = False
+
+    def forget(self) -> None:
+        """Be as new: in a forked process, the thread that was looking is missing."""
+        if self._paused_gc:
+            gc.enable()
+        CurrentFrames.__init__(self)
+
+
+_safe_frames: Final = CurrentFrames()
+_current_frames: Final = sys._current_frames if sys.version_info >= (3, 12) else _safe_frames
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_safe_frames.forget)
 
 
 def stack_of(fibre: Fibre, caller: FrameType | None = None) -> list[FrameType]:
@@ -24,7 +66,7 @@ def stack_of(fibre: Fibre, caller: FrameType | None = None) -> list[FrameType]:
         frame = part.gr_frame
         if frame is None and fibre.port.running:
             here = part is getcurrent()
-            frame = caller if here else sys._current_frames().get(fibre.pool.ident)
+            frame = caller if here else _current_frames().get(fibre.pool.ident)
         frames += _frames_of(frame, needs_bottom=part is fibre)
     return frames
 

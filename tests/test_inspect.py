@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import greenlet
@@ -33,6 +34,7 @@ from aiojob import (
     _fibre,
     _inspect,
     _observe,
+    _stack,
     all_jobs,
     await_,
     cleanup_thread,
@@ -49,6 +51,7 @@ from aiojob import (
     wait_readable,
     wait_writable,
 )
+from aiojob._stack import CurrentFrames
 from aiojob.testing import Gate
 
 T = TypeVar("T")
@@ -424,7 +427,7 @@ def test_stack_of_a_job_that_runs_a_greenlet_in_another_thread_is_its_own() -> N
 
 def test_stack_is_empty_where_the_job_goes_on_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread's job ended between the look at its fibre and that at its thread's frames."""
-    monkeypatch.setattr(sys, "_current_frames", dict)
+    monkeypatch.setattr(_stack, "_current_frames", dict)
     begun, end = threading.Event(), threading.Event()
 
     def block() -> None:
@@ -896,6 +899,33 @@ def test_child_forked_while_another_thread_counts_can_count() -> None:
                 code = 0 if stats().started and not all_jobs() else 2
             os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_while_the_frames_of_threads_are_looked_at(
+    enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11 deadlocks then."""
+    current_frames = CurrentFrames()
+    seen: list[bool] = []
+
+    def look() -> dict[int, FrameType]:
+        seen.append(gc.isenabled())
+        if len(seen) == 1:  # as a signal handler would, and then a fork
+            current_frames()
+            current_frames.forget()
+            assert gc.isenabled() == enabled
+        return {}
+
+    monkeypatch.setattr(sys, "_current_frames", look)
+    if not enabled:
+        gc.disable()
+    try:
+        assert current_frames() == {}
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("debug", [False, True])
